@@ -1,0 +1,3 @@
+"""Qwen3 in JAX and Flax."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Proof that a checkpoint's numbers equal PyTorch's."""
