@@ -1,0 +1,59 @@
+"""The arithmetic under the network: one signature each, several formulations, one obvious oracle.
+
+`model.py` calls an `Ops`; which one is chosen once, by platform, when the model is built. `plain.ORACLE` says what is
+meant; `plain.XLA` is the portable formulation; `cpu.CPU` is what XLA's CPU backend runs fast.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+LayerCache = dict[str, jax.Array]
+
+
+class Ops(NamedTuple):
+    """One formulation of every operation that the network needs.
+
+    Softmax is in float32 in every formulation. Axis letters: B batch, T query length, S cache slots, D hidden,
+    N query heads, K kv heads, H head_dim, E experts, C experts per token, F expert width, R routed tokens.
+    """
+
+    einsum: Callable[..., jax.Array]
+    """(spec, x, w, out_dtype=None): a linear layer; w is contracted over its trailing axes, which are x's trailing
+    axes ("BTD,NHD->BTNH"). The result has x's dtype, or out_dtype, accumulated in float32 at least."""
+
+    attend: Callable[..., jax.Array]
+    """(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], segment_ids [B,T] | None, scale) -> [B,T,N,H]: causal by index, within
+    equal segment ids. Query head n reads kv head n // (N/K)."""
+
+    init_cache: Callable[..., LayerCache]
+    """(batch, capacity, kv_heads, head_dim, dtype) -> one layer's empty cache; its arrays' layout is private."""
+
+    update_cache: Callable[..., LayerCache]
+    """(cache, k [B,T,K,H], v [B,T,K,H], start [B]) -> cache with row b's keys and values at slots start[b]..+T-1.
+    The caller guarantees start + T <= capacity."""
+
+    attend_cache: Callable[..., jax.Array]
+    """(q [B,T,N,H], cache, positions [B,T], scale) -> [B,T,N,H]: a query at position p reads slots 0..p."""
+
+    moe: Callable[..., jax.Array]
+    """(x [R,D], weights [R,C], experts [R,C] int32, gate_proj [E,F,D], up_proj [E,F,D], down_proj [E,D,F]) -> [R,D]:
+    the weighted sum of the chosen experts' SwiGLU outputs. Dropless, whatever the routing."""
+
+
+def for_platform(platform: str) -> Ops:
+    """Return the formulation for a JAX platform name ("cpu", "tpu", "gpu").
+
+    Raises:
+        ValueError: the platform has none.
+    """
+    if platform == "cpu":
+        from qwen3_jax.ops.cpu import CPU
+
+        return CPU
+    if platform in ("tpu", "gpu", "cuda", "rocm"):
+        from qwen3_jax.ops.plain import XLA
+
+        return XLA
+    raise ValueError(f"platform {platform!r} has no formulation of the network's operations; have cpu, tpu, gpu")
