@@ -1,0 +1,43 @@
+# Every target sets up what it needs in .venv and reuses it on the next call.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint bench ci clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.core  ## a Qwen3 answers, from the checkpoint in the package
+	$(BIN)/qwen3-jax demo
+
+test: $(VENV)/.test  ## the default test suite, against live PyTorch
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
+
+test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
+	$(BIN)/python -m pytest -m slow -q
+
+lint: $(VENV)/.test  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+bench: $(VENV)/.test  ## speed on this machine, side by side with transformers
+	$(BIN)/python scripts/bench_cpu.py
+
+ci: lint test demo  ## what a change must pass
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.core: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("Python %d.%d is too old: set PYTHON to 3.11 or newer" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	touch $@
