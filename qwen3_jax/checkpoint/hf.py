@@ -1,0 +1,508 @@
+"""Read Hugging Face folders: inspect everything, then stream the weights in.
+
+config.json + safetensors headers → `inspect`: every problem of the folder at once, nothing large allocated →
+`Checkpoint.load`: tensor by tensor from the memory map, converted piece by piece into its final buffer, placed as a JAX
+array. Nothing in a folder is executed and only safetensors weights are opened.
+
+Loaded arrays own their memory. A CPU array made straight from the mapped file would alias it, cost nothing, and change
+or crash when the file is rewritten; one copy into a private 64-byte-aligned buffer, which JAX then adopts without a
+second copy, takes 0.2 to 0.3 s per GB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from qwen3_jax.checkpoint import names, safetensors_file
+from qwen3_jax.checkpoint.names import Entry, Naming
+from qwen3_jax.checkpoint.safetensors_file import PIECE_BYTES, SafetensorsError, SafetensorsFile, TensorInfo, clip
+from qwen3_jax.config import ConfigError, Qwen3Config
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 32 << 20
+MAX_TENSORS = 200_000  # of a model; Qwen3-Coder-480B has 30,321
+
+# What the network can hold. Everything else is refused by name.
+FLOATS = {np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)}
+PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+QUANTISED = re.compile(r".*\.(weight_scale_inv|weight_scale|input_scale|qweight|qzeros|scales|g_idx|weight_packed)")
+
+# Weights in formats that are never opened: the first three execute code when they are.
+FOREIGN = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx")
+
+Params = dict[Any, Any]
+
+
+class CheckpointError(ValueError):
+    """A folder cannot be used; `problems` holds one line per problem, the message the first twenty of them."""
+
+    def __init__(self, folder: Path | str, problems: list[str], *, verb: str = "loaded"):
+        self.folder, self.problems = Path(folder), problems
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        separator = " " if len(shown) == 1 else "\n  "
+        super().__init__(f"{folder}: {separator.join([f'cannot be {verb}:', *shown])}")
+
+
+class Source(Protocol):
+    """A parameter that has not been read yet: `source[index]` reads and returns only that part, as a new array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
+
+
+Place = Callable[[str, Source], jax.Array]
+
+
+def on_default_device(path: str, source: Source) -> jax.Array:
+    """Read a whole parameter onto the default device. A sharded load replaces this function:
+
+    `lambda path, source: jax.make_array_from_callback(source.shape, shardings[path], source.__getitem__)`
+    """
+    return jax.device_put(source[...])
+
+
+class Located(NamedTuple):
+    """A tensor of the name table, found: the file and its bytes."""
+
+    file: SafetensorsFile
+    info: TensorInfo
+
+
+class FileSource:
+    """A parameter as it lies in its files, in the dtype that was asked for."""
+
+    def __init__(self, entry: Entry, located: list[Located], dtype: np.dtype):
+        self.shape, self.dtype = entry.shape, dtype
+        self._parts, self._stacked = located, entry.stacked
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        index = index if isinstance(index, tuple) else (index,)
+        index = tuple(i for i in index if i is not Ellipsis)
+        index += (slice(None),) * (len(self.shape) - len(index))
+        spans = [range(*i.indices(size)) for i, size in zip(index, self.shape, strict=True)]
+        out = empty_aligned(tuple(map(len, spans)), self.dtype)
+        if self._stacked:
+            for row, expert in enumerate(spans[0]):
+                _read(out[row], self._parts[expert], self.shape[1:], index[1:])
+        else:
+            _read(out, self._parts[0], self.shape, index)
+        return out
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate an array that starts on 64 bytes, which the CPU backend adopts without a copy."""
+    nbytes = dtype.itemsize * math.prod(shape)
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _read(out: np.ndarray, located: Located, shape: tuple[int, ...], index: tuple[slice, ...]) -> None:
+    """Copy `tensor.reshape(shape)[index]` into `out`, converting, with at most a piece of the file resident."""
+    file, info = located
+    whole = file.view(info._replace(shape=shape))
+    if not out.size:
+        return
+    row_bytes = info.nbytes // shape[0]
+    begin, end, step = index[0].indices(shape[0])
+    if step != 1:
+        raise IndexError(f"only contiguous slices can be read, got a step of {step}")
+    rows = max(1, PIECE_BYTES // max(1, row_bytes))
+    for row in range(begin, end, rows):
+        count = min(rows, end - row)
+        convert(out[row - begin : row - begin + count], whole[(slice(row, row + count), *index[1:])])
+        file.release(info.start + row * row_bytes, count * row_bytes)
+
+
+def convert(out: np.ndarray, values: np.ndarray) -> None:
+    """Copy values into `out`, rounding to nearest even where `out` is narrower."""
+    if out.dtype == values.dtype:  # as plain bits: numpy copies them with memcpy
+        bits = np.dtype(f"u{out.dtype.itemsize}")
+        out.view(bits)[...] = values.view(bits)
+    elif out.dtype == np.float32 and values.dtype == ml_dtypes.bfloat16:  # 9 times faster than astype
+        np.left_shift(values.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        with np.errstate(all="ignore"):  # a NaN stays a NaN
+            out[...] = values.astype(out.dtype)
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder without problems, opened: what `inspect` returns. Reading goes through `load`."""
+
+    folder: Path
+    config: Qwen3Config
+    entries: tuple[Entry, ...]
+    naming: Naming
+    tensors: Mapping[str, Located]  # by the table's name
+
+    def file_dtype(self, entry: Entry) -> np.dtype:
+        return self.tensors[entry.names[0]].info.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters in their file dtypes."""
+        return sum(self.file_dtype(entry).itemsize * math.prod(entry.shape) for entry in self.entries)
+
+    def source(self, entry: Entry, dtype: np.dtype | None = None) -> FileSource:
+        """Return the reader of one parameter, in the file's dtype or another."""
+        located = [self.tensors[name] for name in entry.names]
+        return FileSource(entry, located, self.file_dtype(entry) if dtype is None else dtype)
+
+    def load(
+        self,
+        prefix: str = "",
+        *,
+        dtype: str | None = None,
+        place: Place = on_default_device,
+        progress: bool = False,
+    ) -> Any:
+        """Read the parameters below a dotted path ("" for all, "layers.3", "embed_tokens") and return that subtree.
+
+        Args:
+            prefix: which parameters; a layer at a time keeps one layer in memory.
+            dtype: "float32", "bfloat16", or None for each tensor's own.
+            place: turns a path and a `Source` into an array.
+            progress: show a bar on a terminal.
+
+        Raises:
+            KeyError: nothing is called `prefix`.
+        """
+        target = param_dtype_of(dtype)
+        chosen = [e for e in self.entries if prefix in ("", e.dotted) or e.dotted.startswith(prefix + ".")]
+        if not chosen:
+            raise KeyError(f"no parameter of {self.folder.name} lies at {prefix!r}")
+        total = sum(self.source(entry, target).dtype.itemsize * math.prod(entry.shape) for entry in chosen)
+        tree: Params = {}
+        with progress_bar("loading", total, progress) as advance, _workers() as workers:
+
+            def read(entry: Entry) -> jax.Array:
+                array = place(entry.dotted, self.source(entry, target))
+                advance(array.nbytes)
+                return array
+
+            for entry, array in zip(chosen, workers.map(read, chosen), strict=True):
+                names.put(tree, entry.path, array)
+        depth = len(prefix.split(".")) if prefix else 0
+        return names.get(tree, chosen[0].path[:depth])
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Run a pool that drops its queue when the body fails or is interrupted."""
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # copying releases the interpreter lock
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def param_dtype_of(dtype: Any) -> np.dtype | None:
+    """Return the numpy dtype of "float32" or "bfloat16" (None stays None). Raises ValueError for any other."""
+    if dtype is None:
+        return None
+    with contextlib.suppress(TypeError):
+        if np.dtype(dtype) in PARAM_DTYPES.values():
+            return np.dtype(dtype)
+    raise ValueError(f'dtype {dtype!r} is not supported: give "float32", "bfloat16", or None for the dtype of the file')
+
+
+def inspect(folder: Path | str, *, backbone: bool = False) -> Checkpoint:
+    """Check a Hugging Face folder from its config and headers, and return it opened.
+
+    `backbone` says that no lm_head is wanted, as for an embedding model: it may then be missing.
+    Raises CheckpointError with all problems of the folder, each naming its file and tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(folder, ["no such folder" if not folder.exists() else "not a folder"])
+    problems: list[str] = []
+    config = None
+    try:
+        require_inside(folder, CONFIG)
+        config = Qwen3Config.from_file(folder)
+    except ConfigError as error:
+        problems += [f"{CONFIG}: {problem}" for problem in error.problems]
+    except OutsideError as error:
+        problems.append(str(error))
+
+    files, index = _weight_files(folder, problems)
+    opened: dict[str, SafetensorsFile] = {}
+    for name in files:
+        try:
+            require_inside(folder, name)
+            opened[name] = SafetensorsFile(folder / name)
+        except (SafetensorsError, OutsideError) as error:
+            problems.append(str(error))
+    unread = files.keys() - opened.keys()
+    located = _locate(opened, index, unread, problems)
+    if config is None or not opened:
+        raise CheckpointError(folder, problems)
+
+    naming, entries, tensors = _match(config, located, backbone, bool(unread), problems)
+    if problems:
+        raise CheckpointError(folder, problems)
+    return Checkpoint(folder, config, entries, naming, tensors)
+
+
+class OutsideError(ValueError):
+    """A file of a folder lies somewhere else."""
+
+
+def require_inside(folder: Path, name: str) -> None:
+    """Refuse a file that a symlink takes out of its folder. Raises OutsideError.
+
+    The cache of huggingface_hub is the exception: snapshots/<revision>/<file> links to ../../blobs/<hash> there.
+    """
+    home = folder.resolve()
+    target = (folder / name).resolve()
+    homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(target.is_relative_to(place) for place in homes):
+        raise OutsideError(f"{clip(name)}: points outside the folder, to {target}: put the file itself there")
+
+
+def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, None], dict[str, str] | None]:
+    """Return the names of the weight files and the index (tensor → file), if there is one."""
+    has_single, has_index = ((folder / name).exists() or (folder / name).is_symlink() for name in (SINGLE, INDEX))
+    index = _read_index(folder, problems) if has_index else None
+    if has_index:
+        files = dict.fromkeys((index or {}).values())
+        listed = {path.name for path in folder.glob("model*.safetensors")} - files.keys()
+        if index is not None and listed:
+            problems += [f"{clip(name)}: lies in the folder, but {INDEX} does not name it" for name in sorted(listed)]
+        return files, index
+    if has_single:
+        return {SINGLE: None}, None
+    foreign = sorted(path.name for pattern in FOREIGN for path in folder.glob(pattern))
+    loose = sorted(path.name for path in folder.glob("*.safetensors"))
+    if loose:
+        problems.append(f"{INDEX}: missing, so {len(loose)} file(s) like {clip(loose[0])} have no order")
+    elif foreign:
+        problems += [
+            f"{clip(name)}: not a safetensors file, never opened: save the model with safetensors" for name in foreign
+        ]
+    else:
+        problems.append(f"{SINGLE}: missing, and there is no {INDEX} either")
+    return {}, None
+
+
+def _read_index(folder: Path, problems: list[str]) -> dict[str, str] | None:
+    path = folder / INDEX
+    try:
+        require_inside(folder, INDEX)
+        if not path.is_file():
+            raise ValueError("is not a regular file")
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, the limit is {MAX_INDEX_BYTES}")
+        index = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=safetensors_file.unique_pairs)
+    except OutsideError as error:
+        problems.append(str(error))
+        return None
+    except safetensors_file.DuplicateKey as error:
+        problems.append(f"{INDEX}: {clip(str(error))}: occurs twice")
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{INDEX}: cannot be read: {clip(str(error))}")
+        return None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        problems.append(f"{INDEX}: weight_map must be an object from tensor names to file names")
+        return None
+    good: dict[str, str] = {}
+    bad: set[str] = set()
+    for tensor, file in weight_map.items():
+        if isinstance(file, str) and re.fullmatch(r"[\w][\w.\-]*\.safetensors", file, re.ASCII):
+            good[tensor] = file
+        elif repr(file) not in bad:  # once per file, not once per tensor
+            bad.add(repr(file))
+            problems.append(f"{INDEX}: {clip(tensor)}: {clip(repr(file))} is not the name of a file in this folder")
+    return good
+
+
+def _locate(
+    opened: Mapping[str, SafetensorsFile], index: Mapping[str, str] | None, unread: set[str], problems: list[str]
+) -> dict[str, Located]:
+    """Merge the shards, checking them against each other and against the index."""
+    located: dict[str, Located] = {}
+    for shard, file in opened.items():
+        for name, info in file.tensors.items():
+            if name in located:
+                problems.append(f"{shard}: {clip(name)}: also in {located[name].file.path.name}")
+                continue
+            located[name] = Located(file, info)
+            if index is not None and index.get(name) != shard:
+                told = f"in {index[name]}" if name in index else "nowhere"
+                problems.append(f"{shard}: {clip(name)}: {INDEX} says that it is {told}")
+    for name, shard in (index or {}).items():
+        if name not in located and shard not in unread:  # an unreadable shard has been reported by itself
+            problems.append(f"{shard}: {clip(name)}: missing, {INDEX} says that it is here")
+    return located
+
+
+def _match(
+    config: Qwen3Config, located: dict[str, Located], backbone: bool, partial: bool, problems: list[str]
+) -> tuple[Naming, tuple[Entry, ...], dict[str, Located]]:
+    """Hold the tensors that were found against the name table. `partial`: some files could not be read."""
+    bare = names.uses_bare_names(located)
+    in_table = Naming(bare=bare).in_table
+    tensors: dict[str, Located] = {}
+    called: dict[str, str] = {}  # the table's name → file and name as they stand in the folder
+    for name, place in located.items():
+        where = f"{place.file.path.name}: {clip(name)}"
+        try:
+            members = names.unfuse(config, in_table(name), place.info.shape)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        parts = {in_table(name): (place.info.shape, 0)} if members is None else members
+        for member, (shape, first) in parts.items():
+            if member in tensors:
+                problems.append(f"{where}: holds {member}, which {called[member]} holds too")
+            info = TensorInfo(place.info.dtype, shape, place.info.start + first * place.info.dtype.itemsize)
+            tensors[member], called[member] = Located(place.file, info), where
+
+    expected = names.count_tensors(config)
+    if expected > MAX_TENSORS:
+        problems.append(f"{CONFIG}: describes a model of {expected} tensors, the limit is {MAX_TENSORS}")
+        return Naming(), (), {}
+    entries = tuple(names.table(config, backbone=backbone))
+    shapes = {name: entry.file_shape for entry in entries for name in entry.names}
+    tied_head = config.tie_word_embeddings and names.LM_HEAD in tensors
+    if config.tie_word_embeddings or backbone:  # an untied head may be there, and stays unread
+        shapes |= {names.LM_HEAD: (config.vocab_size, config.hidden_size)} if names.LM_HEAD in tensors else {}
+
+    for name, shape in shapes.items():
+        if name not in tensors:
+            if name == names.LM_HEAD and not partial:
+                remedy = "if this is an embedding model, load it with backbone=True"
+                problems.append(f"{name}: missing, and {CONFIG} says tie_word_embeddings false: {remedy}")
+            elif not partial:
+                problems.append(f"{Naming(bare=bare).in_file(name)}: missing, {CONFIG} gives it {list(shape)}")
+        elif tensors[name].info.shape != shape:
+            found = list(tensors[name].info.shape)
+            problems.append(f"{called[name]}: shape {found}, {CONFIG} gives {list(shape)}")
+    problems += _dtype_problems(entries, tensors, called, shapes)
+    if tied_head and not _same_bytes(tensors[names.LM_HEAD], tensors.get(names.EMBED_TOKENS)):
+        told = f"{CONFIG} says tie_word_embeddings true"
+        problems.append(f"{called[names.LM_HEAD]}: differs from {names.EMBED_TOKENS}, but {told}")
+    return Naming(bare, tied_head), entries, tensors
+
+
+def _dtype_problems(
+    entries: tuple[Entry, ...], tensors: Mapping[str, Located], called: Mapping[str, str], shapes: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what is wrong with tensors that the table does not know or cannot hold."""
+    for name in sorted(tensors.keys() - shapes.keys()):
+        hint = ": quantised checkpoints are not supported, use the unquantised one" if QUANTISED.fullmatch(name) else ""
+        yield f"{called[name]}: unexpected{hint}"
+    for name in sorted(tensors.keys() & shapes.keys()):
+        dtype = tensors[name].info.dtype
+        if dtype not in FLOATS:
+            allowed = ", ".join(sorted(safetensors_file.NAMES[each] for each in FLOATS))
+            told = safetensors_file.NAMES[dtype]
+            yield f"{called[name]}: dtype {told}, expected one of {allowed} (quantised tensors are not supported)"
+    for entry in entries:
+        found = [name for name in entry.names if name in tensors]
+        for name in found[1:]:
+            first, this = tensors[found[0]].info.dtype, tensors[name].info.dtype
+            if this != first and {this, first} <= FLOATS:
+                yield f"{called[name]}: dtype {this}, but {found[0]} is {first}: the experts of a layer share one"
+
+
+def _same_bytes(one: Located, other: Located | None) -> bool:
+    """Compare two tensors bit for bit, piece by piece."""
+    if other is None or one.info[:2] != other.info[:2]:
+        return other is None  # a missing tensor is a problem of its own
+    for begin in range(0, one.info.nbytes, PIECE_BYTES):
+        count = min(PIECE_BYTES, one.info.nbytes - begin)
+        views = []
+        for file, info in (one, other):
+            views.append(file.view(TensorInfo(np.dtype(np.uint8), (count,), info.start + begin)))
+        same = np.array_equal(*views)
+        for file, info in (one, other):
+            file.release(info.start + begin, count)
+        if not same:
+            return False
+    return True
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    folder: Path | str,
+    *,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    backbone: bool = False,
+    place: Place = on_default_device,
+    progress: bool = True,
+) -> tuple[Qwen3Config, Params]:
+    """Load a Hugging Face folder: (config, parameters as a nested dict of arrays).
+
+    Args:
+        folder: holds config.json and safetensors weights, single or sharded.
+        dtype: the compute dtype, "float32", "bfloat16", or None for the file's.
+        param_dtype: the parameters' dtype: None for `dtype`, "file" to keep each tensor's own.
+        backbone: leave lm_head out, or do without it: embedding models.
+        place: where a parameter goes, see `on_default_device`.
+        progress: show a bar on a terminal.
+
+    Raises:
+        CheckpointError: with every problem of the folder, before any parameter is read.
+    """
+    target = stored_dtype(dtype, param_dtype)
+    checkpoint = inspect(folder, backbone=backbone)
+    return checkpoint.config, checkpoint.load(dtype=target, place=place, progress=progress)
+
+
+def stored_dtype(dtype: Any, param_dtype: Any) -> Any:
+    """Return the dtype that parameters are kept in, None for the file's. Raises ValueError."""
+    param_dtype_of(dtype)
+    return (
+        None
+        if isinstance(param_dtype, str) and param_dtype == "file"
+        else dtype
+        if param_dtype is None
+        else param_dtype
+    )
+
+
+@contextlib.contextmanager
+def progress_bar(verb: str, total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar of bytes on a terminal's stderr and yield the function that advances it."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = enabled and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task(verb, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)
