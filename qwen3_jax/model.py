@@ -95,6 +95,9 @@ class Attention(nnx.Module):
         q = self.ops.einsum("BTD,NHD->BTNH", x, self.q_proj[...])
         k = self.ops.einsum("BTD,KHD->BTKH", x, self.k_proj[...])
         v = self.ops.einsum("BTD,KHD->BTKH", x, self.v_proj[...])
+        q = self.ops.constrain(q, "batch length heads head_dim")
+        k = self.ops.constrain(k, "batch length kv_heads head_dim")
+        v = self.ops.constrain(v, "batch length kv_heads head_dim")
         q = rope.rotate(rms_norm(q, self.q_norm[...], self.eps), cos, sin)
         k = rope.rotate(rms_norm(k, self.k_norm[...], self.eps), cos, sin)
         taps(f"{path}.q", q)
@@ -184,6 +187,7 @@ class DecoderLayer(nnx.Module):
         feed_forward = MoE if config.is_moe_layer(index) else MLP
         self.mlp = feed_forward(config, dtype=dtype, ops=ops)
         self.eps = config.rms_norm_eps
+        self.ops = ops
 
     def __call__(
         self,
@@ -199,11 +203,10 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         taps(f"{path}.input", x)
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        mixed, cache = self.self_attn(
-            normed, cos, sin, positions, segment_ids, cache, fresh, taps, f"{path}.self_attn"
-        )
-        x = x + mixed
-        x = x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps), taps, f"{path}.mlp")
+        mixed, cache = self.self_attn(normed, cos, sin, positions, segment_ids, cache, fresh, taps, f"{path}.self_attn")
+        x = self.ops.constrain(x + mixed, "batch length embed")
+        mixed = self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps), taps, f"{path}.mlp")
+        x = self.ops.constrain(x + mixed, "batch length embed")
         taps(f"{path}.output", x)
         return x, cache
 
@@ -256,20 +259,20 @@ class Qwen3(nnx.Module):
             ValueError: both or neither of tokens and inputs_embeds, or segment_ids with a cache.
         """
         if (tokens is None) == (inputs_embeds is None):
-            raise ValueError("give either tokens or inputs_embeds: got " + ("both" if tokens is not None else "neither"))
+            raise ValueError(
+                "give either tokens or inputs_embeds: got " + ("both" if tokens is not None else "neither")
+            )
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids with a cache: packed rows have no cache, give each sequence a row of its own")
         taps = Taps() if taps is None else taps
         x = self.embed_tokens[...][tokens] if inputs_embeds is None else inputs_embeds
-        x = x.astype(self.dtype)
+        x = self.ops.constrain(x.astype(self.dtype), "batch length embed")
         taps("embed_tokens", x)
         cos, sin = self.rope_angles(positions)
         layer_caches = []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
-            x, layer_cache = layer(
-                x, cos, sin, positions, segment_ids, layer_cache, fresh, taps, f"layers.{i}"
-            )
+            x, layer_cache = layer(x, cos, sin, positions, segment_ids, layer_cache, fresh, taps, f"layers.{i}")
             layer_caches.append(layer_cache)
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
         taps("norm", x)
@@ -285,7 +288,8 @@ class Qwen3(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden [B, T, D] to vocabulary logits [B, T, V] in float32; give it only the positions you need."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return self.ops.einsum("BTD,VD->BTV", hidden, head[...], out_dtype=jnp.float32)
+        logits = self.ops.einsum("BTD,VD->BTV", hidden, head[...], out_dtype=jnp.float32)
+        return self.ops.constrain(logits, "batch length vocab")
 
 
 def declare(
@@ -302,6 +306,12 @@ def declare(
     model = Qwen3(config, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype, ops=ops)
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def parameter_axes(config: Qwen3Config, *, ops: Ops) -> Params:
+    """Return the parameters' logical axis names ("heads head_dim embed"), as nested as the parameters."""
+    _, state = nnx.split(Qwen3(config, dtype=jnp.float32, param_dtype=jnp.float32, ops=ops))
+    return nnx.to_pure_dict(nnx.map_state(lambda _, leaf: " ".join(leaf.get_metadata("axes")), state))
 
 
 def init(abstract: Mapping[Any, Any], key: jax.Array, *, initializer_range: float) -> Params:

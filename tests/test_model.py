@@ -224,8 +224,8 @@ def test_wrong_inputs_are_refused(dense):
     tokens, positions = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="got neither"):
         network._forward(network.params, (), {"positions": positions})
+    embeds = jnp.zeros((1, 2, 32))
     with pytest.raises(ValueError, match="got both"):
-        embeds = jnp.zeros((1, 2, 32))
         network._forward(network.params, (), {"positions": positions, "tokens": tokens, "inputs_embeds": embeds})
     cache = kv_cache.init(network.config, batch=1, capacity=4, dtype=jnp.float32, ops=network.ops)
     with pytest.raises(ValueError, match="packed rows have no cache"):

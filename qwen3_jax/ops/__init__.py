@@ -39,7 +39,14 @@ class Ops(NamedTuple):
 
     moe: Callable[..., jax.Array]
     """(x [R,D], weights [R,C], experts [R,C] int32, gate_proj [E,F,D], up_proj [E,F,D], down_proj [E,D,F]) -> [R,D]:
-    the weighted sum of the chosen experts' SwiGLU outputs. Dropless, whatever the routing."""
+    the weighted sum of the chosen experts' SwiGLU outputs. Dropless, whatever the routing. An expert id of E or more
+    means none: it adds nothing."""
+
+    cache_axes: dict[str, str]
+    """The logical axis names of each array of a layer's cache, for its sharding."""
+
+    constrain: Callable[[jax.Array, str], jax.Array] = lambda x, axes: x
+    """(x, "batch length embed") -> x, laid out over the mesh by those logical axes; without a mesh x itself."""
 
 
 def for_platform(platform: str) -> Ops:

@@ -17,9 +17,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = 
     return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float
-) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
     """Attend causally within segments; see `Ops.attend`."""
     T = q.shape[1]
     allowed = jnp.tril(jnp.ones((T, T), bool))[None]
@@ -93,7 +91,9 @@ def moe_grouped(
     rows = x[order // C]
     gate, up = _ragged_linear(rows, gate_proj, sizes), _ragged_linear(rows, up_proj, sizes)
     each = _ragged_linear(jax.nn.silu(gate) * up, down_proj, sizes)
-    each = each.astype(jnp.float32) * weights.reshape(-1)[order, None].astype(jnp.float32)
+    # Rows beyond the last group belong to no expert here and hold nothing that is defined.
+    each = jnp.where(jnp.arange(R * C)[:, None] < jnp.sum(sizes), each.astype(jnp.float32), 0)
+    each = each * weights.reshape(-1)[order, None].astype(jnp.float32)
     return jnp.zeros((R, x.shape[1]), jnp.float32).at[order // C].add(each).astype(x.dtype)
 
 
@@ -106,5 +106,6 @@ def _ragged_linear(rows: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array
     return out.astype(rows.dtype)
 
 
-ORACLE = Ops(einsum, attend, init_cache, update_cache, attend_cache, moe_dense)
+CACHE_AXES = {"k": "batch slots kv_heads head_dim", "v": "batch slots kv_heads head_dim"}
+ORACLE = Ops(einsum, attend, init_cache, update_cache, attend_cache, moe_dense, CACHE_AXES)
 XLA = ORACLE._replace(moe=moe_grouped)
