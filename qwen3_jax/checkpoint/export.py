@@ -105,8 +105,7 @@ def write_weights(
     progress: bool = True,
 ) -> None:
     """Write the weights of a Hugging Face folder: one file, or shards and their index."""
-    entries = tuple(names.table(config, backbone="lm_head" not in params))
-    _require_shapes(folder, entries, params)
+    entries = require_tree(folder, config, params)
     infos: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
     readers: dict[str, Callable[[], np.ndarray]] = {}
     for entry in entries:
@@ -144,8 +143,12 @@ def _reader(leaf: Any, row: int | None, shape: tuple[int, ...]) -> Callable[[], 
     return lambda: np.asarray(leaf if row is None else leaf[row]).reshape(shape)
 
 
-def _require_shapes(folder: Path, entries: tuple[Entry, ...], params: Params) -> None:
-    """Hold a parameter tree against the table. Raises CheckpointError."""
+def require_tree(folder: Path, config: Qwen3Config, params: Params) -> tuple[Entry, ...]:
+    """Return the table's rows for a parameter tree that has exactly those; lm_head may be left out.
+
+    Raises CheckpointError, about writing `folder`, with every difference.
+    """
+    entries = tuple(names.table(config, backbone="lm_head" not in params))
     leaves = {".".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.flatten_with_path(params)[0]}
     problems = [f"{path}: unexpected parameter" for path in leaves.keys() - {entry.dotted for entry in entries}]
     for entry in entries:
@@ -157,3 +160,4 @@ def _require_shapes(folder: Path, entries: tuple[Entry, ...], params: Params) ->
             problems.append(f"{entry.dotted}: dtype {leaf.dtype} cannot be exported")
     if problems:
         raise CheckpointError(folder, problems, verb="written")
+    return entries

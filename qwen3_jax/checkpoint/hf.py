@@ -42,6 +42,10 @@ MAX_TENSORS = 200_000  # of a model; Qwen3-Coder-480B has 30,321
 # What the network can hold. Everything else is refused by name.
 FLOATS = {np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)}
 PARAM_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+MISSING_HEAD = (
+    f"{names.LM_HEAD}: missing, and {CONFIG} says tie_word_embeddings false: "
+    "if this is an embedding model, load it with backbone=True"
+)
 QUANTISED = re.compile(r".*\.(weight_scale_inv|weight_scale|input_scale|qweight|qzeros|scales|g_idx|weight_packed)")
 
 # Weights in formats that are never opened: the first three execute code when they are.
@@ -70,7 +74,7 @@ class Source(Protocol):
     def __getitem__(self, index: Any, /) -> np.ndarray: ...
 
 
-Place = Callable[[str, Source], jax.Array]
+Place = Callable[[str, Source], Any]  # an array of JAX's, or whatever the caller wants in the tree
 
 
 def on_default_device(path: str, source: Source) -> jax.Array:
@@ -197,21 +201,21 @@ class Checkpoint:
             raise KeyError(f"no parameter of {self.folder.name} lies at {prefix!r}")
         total = sum(self.source(entry, target).dtype.itemsize * math.prod(entry.shape) for entry in chosen)
         tree: Params = {}
-        with progress_bar("loading", total, progress) as advance, _workers() as workers:
+        with progress_bar("loading", total, progress) as advance, workers() as pool:
 
-            def read(entry: Entry) -> jax.Array:
+            def read(entry: Entry) -> Any:
                 array = place(entry.dotted, self.source(entry, target))
                 advance(array.nbytes)
                 return array
 
-            for entry, array in zip(chosen, workers.map(read, chosen), strict=True):
+            for entry, array in zip(chosen, pool.map(read, chosen), strict=True):
                 names.put(tree, entry.path, array)
         depth = len(prefix.split(".")) if prefix else 0
         return names.get(tree, chosen[0].path[:depth])
 
 
 @contextlib.contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
+def workers() -> Iterator[ThreadPoolExecutor]:
     """Run a pool that drops its queue when the body fails or is interrupted."""
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # copying releases the interpreter lock
     try:
@@ -230,10 +234,11 @@ def param_dtype_of(dtype: Any) -> np.dtype | None:
     raise ValueError(f'dtype {dtype!r} is not supported: give "float32", "bfloat16", or None for the dtype of the file')
 
 
-def inspect(folder: Path | str, *, backbone: bool = False) -> Checkpoint:
+def inspect(folder: Path | str, *, backbone: bool | None = False) -> Checkpoint:
     """Check a Hugging Face folder from its config and headers, and return it opened.
 
-    `backbone` says that no lm_head is wanted, as for an embedding model: it may then be missing.
+    `backbone` says that no lm_head is wanted, as for an embedding model: it may then be missing. None means: if the
+    folder is a backbone saved by itself.
     Raises CheckpointError with all problems of the folder, each naming its file and tensor.
     """
     folder = Path(folder)
@@ -363,10 +368,12 @@ def _locate(
 
 
 def _match(
-    config: Qwen3Config, located: dict[str, Located], backbone: bool, partial: bool, problems: list[str]
+    config: Qwen3Config, located: dict[str, Located], backbone: bool | None, partial: bool, problems: list[str]
 ) -> tuple[Naming, tuple[Entry, ...], dict[str, Located]]:
     """Hold the tensors that were found against the name table. `partial`: some files could not be read."""
     bare = names.uses_bare_names(located)
+    if backbone is None:
+        backbone = bare and names.LM_HEAD not in located
     in_table = Naming(bare=bare).in_table
     tensors: dict[str, Located] = {}
     called: dict[str, str] = {}  # the table's name → file and name as they stand in the folder
@@ -397,8 +404,7 @@ def _match(
     for name, shape in shapes.items():
         if name not in tensors:
             if name == names.LM_HEAD and not partial:
-                remedy = "if this is an embedding model, load it with backbone=True"
-                problems.append(f"{name}: missing, and {CONFIG} says tie_word_embeddings false: {remedy}")
+                problems.append(MISSING_HEAD)
             elif not partial:
                 problems.append(f"{Naming(bare=bare).in_file(name)}: missing, {CONFIG} gives it {list(shape)}")
         elif tensors[name].info.shape != shape:
@@ -449,51 +455,9 @@ def _same_bytes(one: Located, other: Located | None) -> bool:
     return True
 
 
-# --- load -------------------------------------------------------------------------------------------------------------
-
-
-def load(
-    folder: Path | str,
-    *,
-    dtype: Any = None,
-    param_dtype: Any = None,
-    backbone: bool = False,
-    place: Place = on_default_device,
-    progress: bool = True,
-) -> tuple[Qwen3Config, Params]:
-    """Load a Hugging Face folder: (config, parameters as a nested dict of arrays).
-
-    Args:
-        folder: holds config.json and safetensors weights, single or sharded.
-        dtype: the compute dtype, "float32", "bfloat16", or None for the file's.
-        param_dtype: the parameters' dtype: None for `dtype`, "file" to keep each tensor's own.
-        backbone: leave lm_head out, or do without it: embedding models.
-        place: where a parameter goes, see `on_default_device`.
-        progress: show a bar on a terminal.
-
-    Raises:
-        CheckpointError: with every problem of the folder, before any parameter is read.
-    """
-    target = stored_dtype(dtype, param_dtype)
-    checkpoint = inspect(folder, backbone=backbone)
-    return checkpoint.config, checkpoint.load(dtype=target, place=place, progress=progress)
-
-
-def stored_dtype(dtype: Any, param_dtype: Any) -> Any:
-    """Return the dtype that parameters are kept in, None for the file's. Raises ValueError."""
-    param_dtype_of(dtype)
-    return (
-        None
-        if isinstance(param_dtype, str) and param_dtype == "file"
-        else dtype
-        if param_dtype is None
-        else param_dtype
-    )
-
-
 @contextlib.contextmanager
-def progress_bar(verb: str, total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar of bytes on a terminal's stderr and yield the function that advances it."""
+def progress_bar(verb: str, total: int | None, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Show a bar of `total` bytes (None: unknown) on a terminal's stderr and yield the function that advances it."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
