@@ -293,14 +293,14 @@ class Sampler:
                     rows["bias"][b, i] = value
         return rows
 
-    def history(self, prompts: Sequence[Sequence[int]], *, batch: int, vocab_size: int) -> History:
+    def history(self, prompts: Sequence[Sequence[int]], *, batch: int, vocab_size: int) -> Rows:
         """Start what penalties remember: `prompt` [B, V] bool, the ids in the prompt, and `counts` [B, V] int32."""
         if not self.edits:
             return {}
         seen = np.zeros((batch, vocab_size), np.bool_)
         for b, prompt in enumerate(prompts):
             seen[b, np.asarray(prompt, np.int64)] = True
-        return {"prompt": jnp.asarray(seen), "counts": jnp.zeros((batch, vocab_size), jnp.int32)}
+        return {"prompt": seen, "counts": np.zeros((batch, vocab_size), np.int32)}
 
 
 def remember(history: History, token: jax.Array, active: jax.Array) -> History:

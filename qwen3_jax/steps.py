@@ -1,0 +1,190 @@
+"""The jitted steps of generation: prefill, the first token, decode; policy-free, everything per row is an array.
+
+    prefill(prompts) → cache, hidden of each row's last prompt token
+    first(hidden) → state with one token per row
+    decode(cache, state, n) → up to n more tokens per row, in one call
+
+A row is described by `rows` (constant over a generation) and `State`; rows of a batch differ only in these arrays, so
+one program serves every mixture of lengths, limits, seeds, stops and thinking budgets. Padding rows are born done.
+
+The thinking budget (Qwen3's rule, quick start of the model's documentation): if the first `budget` tokens hold neither
+the end of thinking nor a stop id, the ids of the stop text are emitted one by one in place of sampled tokens, then
+sampling goes on. `stage` says where a row stands: 0 it may still think, 1..F the next forced id is stop_text[stage - 1],
+F + 1 it answers and nothing is ever forced.
+
+Axis letters: B batch, T prompt tokens, S cache slots, D hidden, V vocabulary, M stop ids, F ids of the stop text.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen3_jax import cache as caches
+from qwen3_jax import sampling
+from qwen3_jax.cache import Cache
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.model import Params
+from qwen3_jax.ops import Ops
+from qwen3_jax.sampling import Rows, Sampler
+
+CALL = 32  # most tokens per row and decode call: the size of the output buffers
+IDLE = -1  # in emitted tokens: the row was done before
+BROKEN = -2  # in emitted tokens: the logits were not finite
+
+
+class State(NamedTuple):
+    """Where each row stands; [B] each."""
+
+    token: jax.Array  # int32, the last token emitted, not yet in the cache
+    position: jax.Array  # int32, its position
+    index: jax.Array  # int32, tokens generated so far
+    stage: jax.Array  # int32, see the module docstring
+    done: jax.Array  # bool
+    history: sampling.History  # what penalties remember, [B, V]; empty without penalties
+
+
+Emitted = dict[str, jax.Array]  # "token" [n, B], and what `sampling.logprobs` returns with a leading n
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The functions to jit for one model; a program is one of them at given shapes and, where it samples, a `Sampler`."""
+
+    graphdef: nnx.GraphDef[Any]
+    config: Qwen3Config
+    dtype: Any  # of activations
+    ops: Ops
+    stop_text: tuple[int, ...]  # forced when the thinking budget is spent; empty: the model does not think
+    think_end: int  # id of </think>
+
+    def start(self, params: Params, tokens: jax.Array, lengths: jax.Array, capacity: int) -> tuple[Cache, jax.Array]:
+        """Make a cache of `capacity` slots and run the first T tokens of each prompt.
+
+        Args:
+            tokens: [B, T] int32, right-padded; T must not exceed the capacity.
+            lengths: [B] int32, of the whole prompts.
+
+        Returns:
+            The cache, and hidden [B, D] of each row's last prompt token where it lies in this part.
+        """
+        batch, T = tokens.shape
+        cache = caches.init(self.config, batch=batch, capacity=capacity, dtype=self.dtype, ops=self.ops)
+        last = jnp.zeros((batch, self.config.hidden_size), self.dtype)
+        return self._prefill(params, cache, last, tokens, lengths, jnp.int32(0), fresh=True)
+
+    def extend(
+        self, params: Params, cache: Cache, last: jax.Array, tokens: jax.Array, lengths: jax.Array, at: jax.Array
+    ) -> tuple[Cache, jax.Array]:
+        """Run the next part of the prompts, tokens [B, T] from position `at` of every row; see `start`."""
+        return self._prefill(params, cache, last, tokens, lengths, at, fresh=False)
+
+    def _prefill(self, params, cache, last, tokens, lengths, at, *, fresh: bool):
+        model = nnx.merge(self.graphdef, params)
+        batch, T = tokens.shape
+        positions = jnp.broadcast_to(at + jnp.arange(T, dtype=jnp.int32), (batch, T))
+        hidden, cache = model(tokens, positions=positions, cache=cache, fresh=fresh)
+        offset = lengths - 1 - at
+        here = jnp.take_along_axis(hidden, jnp.clip(offset, 0, T - 1)[:, None, None], axis=1)[:, 0]
+        return cache, jnp.where(((offset >= 0) & (offset < T))[:, None], here, last)
+
+    def first(
+        self,
+        params: Params,
+        last: jax.Array,
+        lengths: jax.Array,
+        rows: Rows,
+        history: sampling.History,
+        sampler: Sampler,
+    ) -> tuple[State, Emitted]:
+        """Emit the first token of every row from hidden [B, D] of its last prompt token."""
+        model = nnx.merge(self.graphdef, params)
+        state = State(
+            token=jnp.zeros_like(lengths),
+            position=lengths - 1,
+            index=jnp.zeros_like(lengths),
+            stage=rows["stage"],
+            done=rows["limit"] == 0,
+            history=history,
+        )
+        state, emitted = self._emit(sampler, model.logits(last[:, None])[:, 0], state, rows)
+        return state, jax.tree.map(lambda x: x[None], emitted)
+
+    def decode(
+        self,
+        params: Params,
+        cache: Cache,
+        state: State,
+        rows: Rows,
+        halt: jax.Array,
+        count: jax.Array,
+        sampler: Sampler,
+    ) -> tuple[Cache, State, Emitted]:
+        """Emit up to `count` tokens per row; ends early when every row is done.
+
+        Args:
+            cache, state: donated.
+            halt: [B] bool, rows that the host has ended (a stop string).
+            count: int32, at most CALL; a value and not a shape, so that any number runs the same program.
+
+        Returns:
+            cache, state, and the emitted tokens [CALL, B], IDLE where nothing was emitted.
+        """
+        model = nnx.merge(self.graphdef, params)
+        state = state._replace(done=state.done | halt)
+
+        def more(carry) -> jax.Array:
+            i, _, state, _ = carry
+            return (i < count) & ~jnp.all(state.done)
+
+        def step(carry):
+            i, cache, state, out = carry
+            hidden, cache = model(state.token[:, None], positions=state.position[:, None], cache=cache)
+            state, emitted = self._emit(sampler, model.logits(hidden)[:, 0], state, rows)
+            out = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), out, emitted)
+            return i + 1, cache, state, out
+
+        batch = state.token.shape[0]
+        logits = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.float32)
+        _, shapes = jax.eval_shape(lambda x, s: self._emit(sampler, x, s, rows), logits, state)
+        out = jax.tree.map(lambda s: jnp.zeros((CALL, *s.shape), s.dtype), shapes)
+        out["token"] = jnp.full((CALL, batch), IDLE, jnp.int32)
+        _, cache, state, out = jax.lax.while_loop(more, step, (jnp.int32(0), cache, state, out))
+        return cache, state, out
+
+    def grow(self, cache: Cache, batch: int, capacity: int) -> Cache:
+        """Copy a cache into an empty one of more slots, whatever the layout of its arrays."""
+        wider = caches.init(self.config, batch=batch, capacity=capacity, dtype=self.dtype, ops=self.ops)
+        return jax.tree.map(lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), wider, cache)
+
+    def _emit(self, sampler: Sampler, logits: jax.Array, state: State, rows: Rows) -> tuple[State, Emitted]:
+        """Turn logits [B, V] into each row's next token and advance its state."""
+        token = sampling.sample(sampler, logits, rows, state.index, state.history)
+        broken = token < 0
+        stage = state.stage
+        answering = len(self.stop_text) + 1
+        if self.stop_text:
+            stage = jnp.where((stage == 0) & (state.index >= rows["budget"]), 1, stage)
+            forced = (stage > 0) & (stage < answering) & ~broken
+            text = jnp.asarray(self.stop_text, jnp.int32)
+            token = jnp.where(forced, text[jnp.clip(stage - 1, 0, len(self.stop_text) - 1)], token)
+        stops = jnp.any(token[:, None] == rows["stop_ids"], axis=-1)
+        if self.stop_text:
+            closes = (stage == 0) & ((token == self.think_end) | stops)
+            stage = jnp.where(forced, stage + 1, jnp.where(closes, answering, stage))
+        active = ~state.done
+        emitted = {"token": jnp.where(active, jnp.where(broken, BROKEN, token), IDLE)}
+        emitted |= sampling.logprobs(sampler, logits, token)
+        one = active.astype(jnp.int32)
+        index = state.index + one
+        state = State(
+            token=jnp.where(active & ~broken, token, state.token),
+            position=state.position + one,
+            index=index,
+            stage=jnp.where(active, stage, state.stage),
+            done=state.done | broken | stops | (index >= rows["limit"]),
+            history=sampling.remember(state.history, jnp.maximum(token, 0), active),
+        )
+        return state, emitted
