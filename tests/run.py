@@ -13,7 +13,7 @@ from qwen3_jax import cache as kv_cache
 from qwen3_jax import checkpoint, model, ops
 from qwen3_jax.ops.plain import ORACLE, XLA
 
-OPS = {"oracle": ORACLE, "xla": XLA, "cpu": ops.for_platform("cpu")}
+OPS = {"oracle": lambda: ORACLE, "xla": lambda: XLA, "cpu": lambda: ops.for_platform("cpu")}
 
 
 class Network:
@@ -21,7 +21,7 @@ class Network:
 
     def __init__(self, folder: Path, *, dtype: Any = jnp.float32, formulation: str = "cpu"):
         self.config, self.params = checkpoint.load(folder, dtype=dtype, progress=False)
-        self.dtype, self.ops = dtype, OPS[formulation]
+        self.dtype, self.ops = dtype, OPS[formulation]()
         self.graphdef, self.abstract = model.declare(self.config, dtype=dtype, ops=self.ops)
 
     @partial(jax.jit, static_argnums=(0, 2))

@@ -13,7 +13,7 @@ DENSE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -47,7 +47,14 @@ def build(*, moe: bool = False, seed: int = 0, dtype: torch.dtype = torch.float3
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.2 * noise if "norm" in name else noise * weight.shape[-1] ** -0.5)
-    return model.to(dtype).eval()
+    return cast(model, dtype).eval()
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """Cast the weights in place; `model.to` would round the rope frequencies as well."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
 
 
 def save(folder: Path, **options: Any):
