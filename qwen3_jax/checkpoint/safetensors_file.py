@@ -230,7 +230,7 @@ def write(
     with Path(path).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            array = np.ascontiguousarray(tensors[name]())
+            array = np.asarray(tensors[name](), order="C")  # ascontiguousarray would make a scalar 1-D
             if (array.dtype, array.shape) != infos[name]:
                 raise ValueError(f"{name}: {array.dtype} {array.shape} given, {infos[name]} announced")
             for piece in pieces(array):
