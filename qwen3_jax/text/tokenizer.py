@@ -120,7 +120,9 @@ class Tokenizer:
         except TokenizerError as e:
             raise TokenizerError(f"{folder}: {e}") from None
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise TokenizerError(f"{folder}: tokenizer.json or tokenizer_config.json is malformed ({e!r})") from None
+            raise TokenizerError(
+                f"{folder}: tokenizer.json or tokenizer_config.json is malformed ({e!r:.200})"
+            ) from None
         if rows is not None and tokenizer.vocab_size > rows:
             raise TokenizerError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} ids but config.json vocab_size is {rows}; "
@@ -204,6 +206,10 @@ def _tables(spec: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]
     missing = [c for c in BYTE_OF if c not in vocab]
     if missing:
         raise TokenizerError(f"tokenizer.json: {len(missing)} of the 256 byte tokens are missing, first {missing[0]!r}")
+    try:
+        "".join(vocab).encode()
+    except UnicodeEncodeError as e:
+        raise TokenizerError(f"tokenizer.json: a token holds a lone surrogate, U+{ord(e.object[e.start]):X}") from None
     merges = []
     for i, merge in enumerate(model["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
