@@ -204,9 +204,9 @@ class DecoderLayer(nnx.Module):
         taps(f"{path}.input", x)
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
         mixed, cache = self.self_attn(normed, cos, sin, positions, segment_ids, cache, fresh, taps, f"{path}.self_attn")
-        x = self.ops.constrain(x + mixed, "batch length embed")
+        x = self.ops.constrain(x + mixed, "batch length hidden")
         mixed = self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps), taps, f"{path}.mlp")
-        x = self.ops.constrain(x + mixed, "batch length embed")
+        x = self.ops.constrain(x + mixed, "batch length hidden")
         taps(f"{path}.output", x)
         return x, cache
 
@@ -266,7 +266,7 @@ class Qwen3(nnx.Module):
             raise ValueError("segment_ids with a cache: packed rows have no cache, give each sequence a row of its own")
         taps = Taps() if taps is None else taps
         x = self.embed_tokens[...][tokens] if inputs_embeds is None else inputs_embeds
-        x = self.ops.constrain(x.astype(self.dtype), "batch length embed")
+        x = self.ops.constrain(x.astype(self.dtype), "batch length hidden")
         taps("embed_tokens", x)
         cos, sin = self.rope_angles(positions)
         layer_caches = []

@@ -37,6 +37,7 @@ RULES: dict[str, Rules] = {
         "expert_mlp": (),
         "slots": (),
         "length": (),
+        "hidden": (),
     },
     "train": {
         "batch": ("data", "fsdp", "expert"),
@@ -50,6 +51,7 @@ RULES: dict[str, Rules] = {
         "expert_mlp": (),
         "slots": (),
         "length": (),
+        "hidden": (),
     },
 }
 

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from qwen3_jax import cache as kv_cache
-from qwen3_jax import checkpoint, model, ops
+from qwen3_jax import checkpoint, model, ops, placement, sharding
+from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.plain import ORACLE, XLA
 
 OPS = {"oracle": lambda: ORACLE, "xla": lambda: XLA, "cpu": lambda: ops.for_platform("cpu")}
@@ -19,9 +20,24 @@ OPS = {"oracle": lambda: ORACLE, "xla": lambda: XLA, "cpu": lambda: ops.for_plat
 class Network:
     """A loaded folder with jitted entry points that take and return numpy arrays."""
 
-    def __init__(self, folder: Path, *, dtype: Any = jnp.float32, formulation: str = "cpu"):
-        self.config, self.params = checkpoint.load(folder, dtype=dtype, progress=False)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: Any = jnp.float32,
+        formulation: str = "cpu",
+        mesh: jax.sharding.Mesh | None = None,
+        purpose: str = "serve",
+    ):
         self.dtype, self.ops = dtype, OPS[formulation]()
+        if mesh is None:
+            self.config, self.params = checkpoint.load(folder, dtype=dtype, progress=False)
+        else:
+            rules = sharding.RULES[purpose]
+            self.ops = on_mesh(self.ops, mesh, rules)
+            self.config, self.params = placement.load_sharded(
+                folder, mesh, rules, dtype=dtype, ops=self.ops, progress=False
+            )
         self.graphdef, self.abstract = model.declare(self.config, dtype=dtype, ops=self.ops)
 
     @partial(jax.jit, static_argnums=(0, 2))

@@ -38,15 +38,16 @@ class Ops(NamedTuple):
     """(q [B,T,N,H], cache, positions [B,T], scale) -> [B,T,N,H]: a query at position p reads slots 0..p."""
 
     moe: Callable[..., jax.Array]
-    """(x [R,D], weights [R,C], experts [R,C] int32, gate_proj [E,F,D], up_proj [E,F,D], down_proj [E,D,F]) -> [R,D]:
-    the weighted sum of the chosen experts' SwiGLU outputs. Dropless, whatever the routing. An expert id of E or more
-    means none: it adds nothing."""
+    """(x [R,D], weights [R,C], experts [R,C] int32, gate_proj [E,F,D], up_proj [E,F,D], down_proj [E,D,F], *,
+    expected=None) -> [R,D]: the weighted sum of the chosen experts' SwiGLU outputs. Dropless, whatever the routing. An
+    expert id of E or more means none: it adds nothing. `expected` is how many of the R*C routes probably name an
+    expert; it may size buffers and changes no result."""
 
     cache_axes: dict[str, str]
     """The logical axis names of each array of a layer's cache, for its sharding."""
 
     constrain: Callable[[jax.Array, str], jax.Array] = lambda x, axes: x
-    """(x, "batch length embed") -> x, laid out over the mesh by those logical axes; without a mesh x itself."""
+    """(x, "batch length hidden") -> x, laid out over the mesh by those logical axes; without a mesh x itself."""
 
 
 def for_platform(platform: str) -> Ops:
