@@ -137,12 +137,19 @@ class Batch:
         needed = runner.capacity(int(np.max(np.where(live, ahead, 1))))
         if needed > self.capacity:
             self._cache = runner.call(
-                "grow", (self._cache,), key=(self.size, self.capacity), batch=self.size, capacity=needed
+                "grow",
+                (self._cache,),
+                key=(self.size, self.capacity),
+                batch=self.size,
+                capacity=needed,
             )
             self.capacity = needed
-        args = (runner.params, self._cache, self._state, self._rows, self.halted.copy(), np.int32(count))
         self._cache, self._state, out = runner.call(
-            "decode", args, key=(self.size, self.capacity, self._width), donate=(1, 2), sampler=self.sampler
+            "decode",
+            (runner.params, self._cache, self._state, self._rows, self.halted.copy(), np.int32(count)),
+            key=(self.size, self.capacity, self._width),
+            donate=(1, 2),
+            sampler=self.sampler,
         )
         self.issued += count
         return out
@@ -180,16 +187,22 @@ class Batch:
         tokens = np.zeros((size, sum(parts)), np.int32)
         for b, request in enumerate(self.requests):
             tokens[b, : len(request.prompt)] = request.prompt
-        at = 0
-        for part in parts:
+        piece = tokens[:, : parts[0]]
+        self._cache, last = runner.call(
+            "start",
+            (runner.params, piece, self.lengths),
+            key=(size, parts[0], self.capacity),
+            capacity=self.capacity,
+        )
+        at = parts[0]
+        for part in parts[1:]:
             piece = tokens[:, at : at + part]
-            key = (size, part, self.capacity)
-            if at == 0:
-                args = (runner.params, piece, self.lengths)
-                self._cache, last = runner.call("start", args, key=key, capacity=self.capacity)
-            else:
-                args = (runner.params, self._cache, last, piece, self.lengths, np.int32(at))
-                self._cache, last = runner.call("extend", args, key=key, donate=(1,))
+            self._cache, last = runner.call(
+                "extend",
+                (runner.params, self._cache, last, piece, self.lengths, np.int32(at)),
+                key=(size, part, self.capacity),
+                donate=(1,),
+            )
             at += part
         history = self.sampler.history(
             [r.prompt for r in self.requests], batch=size, vocab_size=runner.config.vocab_size

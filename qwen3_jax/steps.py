@@ -9,14 +9,14 @@ one program serves every mixture of lengths, limits, seeds, stops and thinking b
 
 The thinking budget (Qwen3's rule, quick start of the model's documentation): if the first `budget` tokens hold neither
 the end of thinking nor a stop id, the ids of the stop text are emitted one by one in place of sampled tokens, then
-sampling goes on. `stage` says where a row stands: 0 it may still think, 1..F the next forced id is stop_text[stage - 1],
-F + 1 it answers and nothing is ever forced.
+sampling goes on. `stage` says where a row stands: 0 it may still think; 1..F the next forced id is
+stop_text[stage - 1]; F + 1 it answers and nothing is ever forced.
 
 Axis letters: B batch, T prompt tokens, S cache slots, D hidden, V vocabulary, M stop ids, F ids of the stop text.
 """
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,9 @@ IDLE = -1  # in emitted tokens: the row was done before
 BROKEN = -2  # in emitted tokens: the logits were not finite
 
 
-class State(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
     """Where each row stands; [B] each."""
 
     token: jax.Array  # int32, the last token emitted, not yet in the cache
@@ -51,7 +53,7 @@ Emitted = dict[str, jax.Array]  # "token" [n, B], and what `sampling.logprobs` r
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The functions to jit for one model; a program is one of them at given shapes and, where it samples, a `Sampler`."""
+    """The functions to jit for one model; a program is one of them at given shapes and with a given `Sampler`."""
 
     graphdef: nnx.GraphDef[Any]
     config: Qwen3Config
@@ -70,7 +72,7 @@ class Steps:
         Returns:
             The cache, and hidden [B, D] of each row's last prompt token where it lies in this part.
         """
-        batch, T = tokens.shape
+        batch = tokens.shape[0]
         cache = caches.init(self.config, batch=batch, capacity=capacity, dtype=self.dtype, ops=self.ops)
         last = jnp.zeros((batch, self.config.hidden_size), self.dtype)
         return self._prefill(params, cache, last, tokens, lengths, jnp.int32(0), fresh=True)
@@ -133,7 +135,7 @@ class Steps:
             cache, state, and the emitted tokens [CALL, B], IDLE where nothing was emitted.
         """
         model = nnx.merge(self.graphdef, params)
-        state = state._replace(done=state.done | halt)
+        state = replace(state, done=state.done | halt)
 
         def more(carry) -> jax.Array:
             i, _, state, _ = carry
@@ -163,17 +165,15 @@ class Steps:
         """Turn logits [B, V] into each row's next token and advance its state."""
         token = sampling.sample(sampler, logits, rows, state.index, state.history)
         broken = token < 0
-        stage = state.stage
         answering = len(self.stop_text) + 1
+        stage = jnp.where((state.stage == 0) & (state.index >= rows["budget"]), 1, state.stage)
+        forced = (stage > 0) & (stage < answering) & ~broken
         if self.stop_text:
-            stage = jnp.where((stage == 0) & (state.index >= rows["budget"]), 1, stage)
-            forced = (stage > 0) & (stage < answering) & ~broken
-            text = jnp.asarray(self.stop_text, jnp.int32)
-            token = jnp.where(forced, text[jnp.clip(stage - 1, 0, len(self.stop_text) - 1)], token)
+            ids = jnp.asarray(self.stop_text, jnp.int32)
+            token = jnp.where(forced, ids[jnp.clip(stage - 1, 0, len(self.stop_text) - 1)], token)
         stops = jnp.any(token[:, None] == rows["stop_ids"], axis=-1)
-        if self.stop_text:
-            closes = (stage == 0) & ((token == self.think_end) | stops)
-            stage = jnp.where(forced, stage + 1, jnp.where(closes, answering, stage))
+        closes = (stage == 0) & ((token == self.think_end) | stops)
+        stage = jnp.where(forced, stage + 1, jnp.where(closes, answering, stage))
         active = ~state.done
         emitted = {"token": jnp.where(active, jnp.where(broken, BROKEN, token), IDLE)}
         emitted |= sampling.logprobs(sampler, logits, token)
