@@ -75,7 +75,8 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
         partial.rename(folder)
         _to_disk(folder.parent)
     except OSError as error:
-        raise CheckpointError(folder, [f"{error.strerror or error}"], verb="written") from error
+        where = f": {error.filename}" if error.filename else ""
+        raise CheckpointError(folder, [f"{error.strerror or error}{where}"], verb="written") from error
     finally:
         if partial is not None and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)

@@ -97,6 +97,7 @@ class FileSource:
 
     def __init__(self, entry: Entry, located: list[Located], dtype: np.dtype):
         self.shape, self.dtype = entry.shape, dtype
+        self.nbytes = dtype.itemsize * math.prod(entry.shape)
         self._parts, self._stacked = located, entry.stacked
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -199,13 +200,14 @@ class Checkpoint:
         chosen = [e for e in self.entries if prefix in ("", e.dotted) or e.dotted.startswith(prefix + ".")]
         if not chosen:
             raise KeyError(f"no parameter of {self.folder.name} lies at {prefix!r}")
-        total = sum(self.source(entry, target).dtype.itemsize * math.prod(entry.shape) for entry in chosen)
+        total = sum(self.source(entry, target).nbytes for entry in chosen)
         tree: Params = {}
         with progress_bar("loading", total, progress) as advance, workers() as pool:
 
             def read(entry: Entry) -> Any:
-                array = place(entry.dotted, self.source(entry, target))
-                advance(array.nbytes)
+                source = self.source(entry, target)
+                array = place(entry.dotted, source)
+                advance(source.nbytes)
                 return array
 
             for entry, array in zip(chosen, pool.map(read, chosen), strict=True):
@@ -301,7 +303,7 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, None], d
         return files, index
     if has_single:
         return {SINGLE: None}, None
-    foreign = sorted(path.name for pattern in FOREIGN for path in folder.glob(pattern))
+    foreign = sorted({path.name for pattern in FOREIGN for path in folder.glob(pattern)})
     loose = sorted(path.name for path in folder.glob("*.safetensors"))
     if loose:
         problems.append(f"{INDEX}: missing, so {len(loose)} file(s) like {clip(loose[0])} have no order")

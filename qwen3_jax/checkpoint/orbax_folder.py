@@ -23,6 +23,7 @@ from qwen3_jax.checkpoint.export import require_tree
 from qwen3_jax.checkpoint.hf import (
     CONFIG,
     FLOATS,
+    MAX_TENSORS,
     MISSING_HEAD,
     CheckpointError,
     Params,
@@ -66,7 +67,7 @@ def write(
         "format": FORMAT,
         "naming": naming._asdict(),
         "tensors": {
-            entry.dotted: {"dtype": np.dtype(leaf.dtype).name, "sha256": digest}
+            entry.dotted: {"dtype": np.dtype(leaf.dtype).name, "shape": list(entry.shape), "sha256": digest}
             for entry, leaf, digest in zip(entries, leaves, digests, strict=True)
         },
     }
@@ -85,6 +86,7 @@ class Checkpoint:
     config: Qwen3Config
     entries: tuple[names.Entry, ...]
     naming: Naming
+    backbone: bool  # leave out lm_head
     dtypes: dict[str, np.dtype]
     digests: dict[str, str]
 
@@ -113,7 +115,8 @@ class Checkpoint:
             def check(entry: names.Entry) -> None:
                 array = names.get(restored, entry.path)
                 if array.shape != entry.shape or array.dtype != self.dtypes[entry.dotted]:
-                    problems.append(f"{ARRAYS}: {entry.dotted}: {array.dtype} {list(array.shape)} restored")
+                    found = f"{array.dtype} {list(array.shape)}"
+                    problems.append(f"{ARRAYS}: {entry.dotted}: {found} restored, {list(entry.shape)} expected")
                 elif _digest(array) != self.digests[entry.dotted]:
                     problems.append(
                         f"{ARRAYS}: {entry.dotted}: damaged, its bytes do not have the digest of {MANIFEST}"
@@ -124,6 +127,8 @@ class Checkpoint:
         if problems:
             raise CheckpointError(self.folder, sorted(problems))
         for entry in self.entries:
+            if self.backbone and entry.dotted == "lm_head":
+                continue
             array = names.get(restored, entry.path)
             names.put(restored, entry.path, None)
             if target is not None and target != array.dtype:
@@ -158,6 +163,7 @@ def inspect(folder: Path, *, backbone: bool | None = False) -> Checkpoint:
         floats = {dtype.name: dtype for dtype in FLOATS}
         dtypes = {path: floats[row["dtype"]] for path, row in manifest["tensors"].items()}
         digests = {path: str(row["sha256"]) for path, row in manifest["tensors"].items()}
+        shapes = {path: tuple(row["shape"]) for path, row in manifest["tensors"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else str(error)
         raise CheckpointError(folder, [*problems, f"{MANIFEST}: cannot be read: {clip(reason)}"]) from None
@@ -166,11 +172,17 @@ def inspect(folder: Path, *, backbone: bool | None = False) -> Checkpoint:
 
     if backbone is None:
         backbone = "lm_head" not in dtypes
+    if names.count_tensors(config) > MAX_TENSORS:
+        raise CheckpointError(folder, [f"{CONFIG}: describes a model of more than {MAX_TENSORS} tensors"])
     entries = tuple(names.table(config, backbone=backbone and "lm_head" not in dtypes))
     expected = {entry.dotted for entry in entries}
     for path in sorted(expected - dtypes.keys()):
         problems.append(f"{MANIFEST}: {MISSING_HEAD if path == 'lm_head' else f'{path}: missing'}")
     problems += [f"{MANIFEST}: {clip(path)}: unexpected" for path in sorted(dtypes.keys() - expected)]
+    for entry in entries:
+        if shapes.get(entry.dotted, entry.shape) != entry.shape:
+            found = list(shapes[entry.dotted])
+            problems.append(f"{MANIFEST}: {entry.dotted}: shape {found}, {CONFIG} gives {list(entry.shape)}")
     if problems:
         raise CheckpointError(folder, problems)
-    return Checkpoint(folder, config, entries, naming, dtypes, digests)
+    return Checkpoint(folder, config, entries, naming, backbone, dtypes, digests)
