@@ -16,7 +16,7 @@ from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sharding import RULES, ShardingError, make_mesh
 from tests import tiny
 
-MESHES = {
+MESHES: dict[str, dict[str, int]] = {
     "model 4 > 2 kv heads": {"model": 4, "data": 2},
     "expert 4, model 2": {"expert": 4, "model": 2},
     "every axis": {"data": 1, "fsdp": 2, "expert": 2, "model": 2},
@@ -83,8 +83,7 @@ def test_dtypes(moe):
 
 def test_orbax_folder(moe, tmp_path):
     checkpoint.convert(moe, tmp_path / "orbax", "orbax", progress=False)
-    for sizes in ({"model": 4, "data": 2}, {"expert": 8}):
-        mesh = make_mesh(**sizes)
+    for mesh in (make_mesh(model=4, data=2), make_mesh(expert=8)):
         expected = placement.load_sharded(moe, mesh, RULES["serve"], ops=XLA, progress=False)
         actual = placement.load_sharded(tmp_path / "orbax", mesh, RULES["serve"], ops=XLA, progress=False)
         assert actual[0] == expected[0]
@@ -104,7 +103,7 @@ def test_everything_that_does_not_divide_is_told_before_a_byte_is_read(tmp_path,
 
 
 def test_without_repeats_wants_the_config_of_the_file(moe):
-    config, params = placement.load_sharded(moe, make_mesh(data=8), RULES["serve"], ops=XLA, progress=False)
+    _, params = placement.load_sharded(moe, make_mesh(data=8), RULES["serve"], ops=XLA, progress=False)
     other = Qwen3Config.from_name("Qwen3-0.6B")  # 8 kv heads
     with pytest.raises(ShardingError, match="8 does not divide the 2 heads"):
         placement.without_repeats(params, other)
