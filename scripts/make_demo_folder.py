@@ -49,7 +49,7 @@ def tokenizer_files() -> tuple[dict[str, Any], dict[str, Any]]:
         ]
     )
     byte_level = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    tokenizer.decoder = decoders.ByteLevel(**byte_level)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.post_processor = processors.ByteLevel(**byte_level)  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
         vocab_size=256 + MERGES, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -62,6 +62,8 @@ def tokenizer_files() -> tuple[dict[str, Any], dict[str, Any]]:
         for i, content in enumerate(SPECIAL + PLAIN)
     ]
     spec["added_tokens"] = tokens
+    spec["decoder"] = spec["post_processor"]  # these two as the released file spells them
+    spec["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
     settings = {
         "add_bos_token": False,
         "add_prefix_space": False,

@@ -375,6 +375,9 @@ LANGUAGE = [
     "{{ 'a' is eq 'a' }}{{ 2 is gt 1 }}{{ 'a' is lower }}{{ 'A' is upper }}{{ messages is sameas messages }}",
     "{{ cycler('a', 'b').next() }}{% set j = joiner(';') %}{{ j() }}a{{ j() }}b{{ loop }}{{ strftime_now('%%') }}",
     "  {%- if messages %}\n    yes\n  {% endif %}\n  {#- c #}\n{%+ if true %} x{% endif +%}\n\n end\n",
+    "{{ 'since 2024 *x %s %% %(' % 'a' if false }}{{ 'since 2024, 50000*x: %s %%' % 'a' }}{{ '2000%('|length }}",
+    "{{ '%(a(b))5s|%(12345)-3d' % {'a(b)': 1, '12345': 2} }}{{ '%+.3e %#x %c%r' % (1.5, 255, 'c', 'r') }}",
+    "{{ strftime_now('20000 %%') }}{{ '%s' % messages[0] }}{{ '%s %s' % messages[0].items()|list if false }}",
     "{% raw %}{{ raw }}{% endraw %}{% block b %}B{{ messages[0].role }}{% endblock %}{{ self.b() }}",
     "{% autoescape true %}{{ '<' }}{{ '<' ~ 'b' }}{% endautoescape %}{{ messages[0].content|tojson|safe }}",
 ]

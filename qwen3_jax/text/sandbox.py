@@ -211,18 +211,32 @@ def _pay_text(characters: int) -> None:
     _current.get().pay(max(characters, 0) // CHARS_PER_UNIT)
 
 
-def _check_format(spec: str) -> None:
+def _check_width(spec: str) -> None:
     if "*" in spec or re.search(r"\d{4}", spec):
         raise SecurityError(f"a width or precision above 999 in the format {spec[:40]!r} is not allowed")
 
 
 def _pay_percent(template: str, values: Any) -> None:
     """Price `template % values`: each field may print all of the values."""
-    _check_format(template)
+    at, fields = template.find("%"), 0
+    while at >= 0:
+        at += 1
+        if template[at : at + 1] == "(":  # the name of a value, in balanced parentheses
+            depth = 0
+            while at < len(template):
+                depth += {"(": 1, ")": -1}.get(template[at], 0)
+                at += 1
+                if not depth:
+                    break
+        spec = re.compile(r"[-#0 +\d.*hlL]*").match(template, at)
+        assert spec is not None  # it matches nothing, too
+        _check_width(spec[0])
+        fields += 1
+        at = template.find("%", spec.end() + 1)
     meter = _current.get()
     before = meter.left
     meter.weigh(values)
-    meter.pay(template.count("%") * (before - meter.left))
+    meter.pay(fields * (before - meter.left + 1))
 
 
 def _pay_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -297,7 +311,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    if re.search(r"\d", format) or len(format) > 256:
+    if re.search(r"%[-_^#+EO]*\d", format) or len(format) > 256:
         raise SecurityError("strftime_now takes a format without widths, of at most 256 characters")
     return datetime.datetime.now().strftime(format)
 
@@ -335,7 +349,7 @@ class _Formatter(SandboxedFormatter):
     """str.format that pays for every field."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        _check_format(format_spec)
+        _check_width(format_spec)
         return _made(super().format_field(_weigh(value), format_spec))
 
 
