@@ -1,0 +1,417 @@
+"""Plans without a compiler: the walker on kept HLO texts against hand counts, the schedule, chips, meshes, errors."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qwen3_jax import model as models
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.ops import plain
+from qwen3_jax.plan import chips, compile, cost, fleet, hlo
+from tests.tpu_programs import CASES, FOLDER, MIB
+
+V5E = chips.chip("v5e")
+UNIT = dataclasses.replace(V5E, bf16_flops=1.0, hbm_bytes_s=1.0, link_bytes_s=0.5)
+"""One second per FLOP, per byte, and per byte on a ring."""
+
+
+def walk(text: str, chip: chips.Chip = V5E, partitions: int = 4) -> cost.Cost:
+    return cost.walk(hlo.parse(text), chip, partitions=partitions)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_program_costs_what_a_hand_counts(name):
+    case = CASES[name]
+    found = walk((FOLDER / f"{name}.txt").read_text())
+    assert not found.unpriced
+    assert found.flops == case.flops
+    assert found.ici_bytes == case.ici_bytes
+    assert found.copied_bytes == case.copied_bytes
+    if case.hbm_bytes is not None:
+        assert found.hbm_bytes == pytest.approx(case.hbm_bytes, rel=0.01)
+
+
+def test_an_update_in_place_costs_its_rows():
+    assert walk((FOLDER / "append.txt").read_text()).hbm_bytes < 64 << 10
+
+
+def test_collectives_are_counted_by_kind():
+    kinds = {name: walk((FOLDER / f"{name}.txt").read_text()).collectives for name in CASES}
+    assert {k: c.count for k, c in kinds["row_parallel"].items()} == {"all-reduce": 1}
+    assert {k: c.count for k, c in kinds["gathered"].items()} == {"all-gather": 1}
+    assert {k: c.count for k, c in kinds["exchanged"].items()} == {"all-to-all": 1}
+    assert {k: c.count for k, c in kinds["shifted"].items()} == {"collective-permute": 1}
+    assert kinds["row_parallel"]["all-reduce"].bytes == 12 * MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("f32[8,128]{1,0:T(8,128)}", 4096),
+        ("f32[9,130]{1,0:T(8,128)}", 16 * 256 * 4),
+        ("bf16[2,128]{1,0:T(2,128)(2,1)}", 512),
+        ("bf16[3,4096,1,128]{3,2,1,0:T(2,128)(2,1)}", 3 * 4096 * 2 * 128 * 2),
+        ("bf16[3,100,128]{1,2,0:T(8,128)(2,1)}", 3 * 128 * 128 * 2),
+        ("bf16[5]{0:T(1024)(128)(2,1)}", 2048),
+        ("s32[]{:T(128)}", 512),
+        ("s4[64,128]{1,0:T(64,128)(8,1)E(4)}", 4096),
+        ("pred[7]{0}", 7),
+        ("f32[0,128]{1,0:T(8,128)}", 0),
+    ],
+)
+def test_sizes_are_padded_to_tiles(text, size):
+    shape = hlo.parse_type(text)
+    assert isinstance(shape, hlo.Shape)
+    assert shape.bytes == size
+
+
+def test_types_nest_and_carry_their_memory_space():
+    shape = hlo.parse_type("((bf16[8,128]{1,0:T(8,128)(2,1)}), /*index=1*/f32[4]{0:T(128)S(1)}, u32[]{:S(2)})")
+    assert [(leaf.dtype, leaf.space) for leaf in hlo.leaves(shape)] == [("bf16", 0), ("f32", 1), ("u32", 2)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['a'=2,'b'=4] {'b'}", 4),
+        ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+        ("mesh['a'=8] {'a':(2)4}", 4),
+        ("{}", 16),
+    ],
+)
+def test_group_sizes(groups, size):
+    line = f"  %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add"
+    assert hlo.group_size(hlo._instruction(line), 16) == size
+
+
+def test_the_floor_of_padding_and_text_that_is_not_hlo():
+    with pytest.raises(hlo.HloError, match="HloModule"):
+        hlo.parse("module @jit_f {}\n")
+    with pytest.raises(hlo.HloError, match="ENTRY"):
+        hlo.parse("HloModule m\n\n")
+
+
+def program(body: str, *, others: str = "", parameters: str = "p: f32[25]") -> str:
+    return f"HloModule m, is_scheduled=true\n\n{others}\nENTRY %main ({parameters}) -> f32[25] {{\n{body}\n}}\n"
+
+
+ADD = "%add (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  %b = f32[] parameter(1)\n"
+ADD += "  ROOT %s = f32[] add(%a, %b)\n}\n"
+
+
+def test_the_schedule_overlaps_what_the_program_lets_overlap():
+    # 100 bytes into VMEM while 60 FLOPs run on what is there already: 100 s, then 10 FLOPs that need the copy.
+    body = """\
+  %p = f32[25]{0} parameter(0)
+  %v = f32[5,6]{1,0:S(1)} parameter(1)
+  %start = (f32[25]{0:S(1)}, f32[25]{0}, u32[]{:S(2)}) copy-start(%p)
+  %busy = f32[5]{0:S(1)} dot(%v, %v), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %done = f32[25]{0:S(1)} copy-done(%start)
+  ROOT %last = f32[1]{0:S(1)} dot(%done, %done), lhs_contracting_dims={0}, rhs_contracting_dims={0}"""
+    found = walk(program(body), UNIT)
+    assert (found.hbm_s, found.compute_s) == (100, 60 + 50)
+    assert found.schedule_s == 150
+
+
+def test_the_schedule_waits_for_one_pipe_at_a_time():
+    # Two synchronous all-reduces of 100 bytes over 4: each sends 150; nothing runs beside them.
+    body = """\
+  %p = f32[25]{0:S(1)} parameter(0)
+  %r = f32[25]{0:S(1)} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %q = f32[25]{0:S(1)} all-reduce(%r), replica_groups={{0,1,2,3}}, to_apply=%add"""
+    found = walk(program(body, others=ADD), UNIT)
+    assert found.schedule_s == found.ici_s == found.ici_bytes == 300
+
+
+def test_asynchronous_collectives_in_fusions_are_billed_once_and_overlap():
+    others = """\
+%begin (p: f32[25]) -> (f32[25], f32[100]) {
+  %p = f32[25]{0:S(1)} parameter(0)
+  %g = f32[100]{0:S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %c = (f32[25]{0:S(1)}, f32[100]{0:S(1)}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+%carry (p: f32[25], v: f32[5,6]) -> f32[5] {
+  %p = f32[25]{0:S(1)} parameter(0)
+  %v = f32[5,6]{1,0:S(1)} parameter(1)
+  %g = f32[100]{0:S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %d = f32[5]{0:S(1)} dot(%v, %v), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+%end (p: f32[25]) -> f32[100] {
+  %p = f32[25]{0:S(1)} parameter(0)
+  %g = f32[100]{0:S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %c = f32[100]{0:S(1)} custom-call(%g), custom_call_target="AsyncCollectiveDone"
+}
+"""
+    body = """\
+  %p = f32[25]{0:S(1)} parameter(0)
+  %v = f32[5,6]{1,0:S(1)} parameter(1)
+  %s = (f32[25]{0:S(1)}, f32[100]{0:S(1)}) fusion(%p), kind=kCustom, calls=%begin
+  %x = f32[25]{0:S(1)} get-tuple-element(%s), index=0
+  %m = f32[5]{0:S(1)} fusion(%x, %v), kind=kOutput, calls=%carry
+  ROOT %e = f32[100]{0:S(1)} fusion(%x), kind=kCustom, calls=%end"""
+    found = walk(program(body, others=others), UNIT)
+    assert found.ici_bytes == 300
+    assert found.compute_s == 60
+    assert found.schedule_s == 300
+
+
+LOOP = """\
+%body (t: (s32[], f32[25])) -> (s32[], f32[25]) {
+  %t = (s32[], f32[25]{0}) parameter(0)
+  %i = s32[]{:S(6)} get-tuple-element(%t), index=0
+  %x = f32[25]{0} get-tuple-element(%t), index=1
+  %one = s32[]{:S(6)} constant(STEP)
+  %next = s32[]{:S(6)} add(%i, %one)
+  %y = f32[25]{0} negate(%x)
+  ROOT %u = (s32[], f32[25]{0}) tuple(%next, %y)
+}
+%test (t: (s32[], f32[25])) -> pred[] {
+  %t = (s32[], f32[25]{0}) parameter(0)
+  %i = s32[]{:S(6)} get-tuple-element(%t), index=0
+  %n = s32[]{:S(6)} constant(10)
+  ROOT %c = pred[]{:S(6)} compare(%i, %n), direction=DIRECTION
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "direction", "trips"), [(1, "LT", 10), (1, "LE", 11), (3, "LT", 4), (2, "NE", 5), (-1, "GE", 0)]
+)
+def test_loops_cost_their_trip_count(step, direction, trips):
+    body = """\
+  %p = f32[25]{0} parameter(0)
+  %zero = s32[]{:S(6)} constant(0)
+  %t = (s32[], f32[25]{0}) tuple(%zero, %p)
+  %w = (s32[], f32[25]{0}) while(%t), condition=%test, body=%body
+  ROOT %out = f32[25]{0} get-tuple-element(%w), index=1"""
+    text = program(body, others=LOOP.replace("STEP", str(step)).replace("DIRECTION", direction))
+    found = walk(text, UNIT)
+    assert found.hbm_bytes == 200 * trips
+    assert not found.unpriced
+    if trips:
+        assert found.schedule_s == 200 * trips
+
+
+def test_a_loop_of_unknown_length_is_billed_once_and_named():
+    body = """\
+  %p = f32[25]{0} parameter(0)
+  %start = s32[]{:S(6)} parameter(1)
+  %t = (s32[], f32[25]{0}) tuple(%start, %p)
+  %w = (s32[], f32[25]{0}) while(%t), condition=%test, body=%body
+  ROOT %out = f32[25]{0} get-tuple-element(%w), index=1"""
+    found = walk(program(body, others=LOOP.replace("STEP", "1").replace("DIRECTION", "LT")), UNIT)
+    assert found.hbm_bytes == 200
+    assert found.unpriced == ["w: loop of unknown length, billed once"]
+
+
+def test_a_conditional_costs_its_dearest_branch():
+    others = """\
+%cheap (x: f32[25]) -> f32[25] {
+  ROOT %x = f32[25]{0} parameter(0)
+}
+%dear (x: f32[25]) -> f32[25] {
+  %x = f32[25]{0} parameter(0)
+  ROOT %y = f32[25]{0} negate(%x)
+}
+"""
+    body = """\
+  %p = f32[25]{0} parameter(0)
+  %which = s32[]{:S(6)} parameter(1)
+  ROOT %c = f32[25]{0} conditional(%which, %p, %p), branch_computations={%cheap, %dear}"""
+    found = walk(program(body, others=others), UNIT)
+    assert found.hbm_bytes == found.schedule_s == 200
+
+
+def test_a_kernel_costs_its_estimate_less_what_lies_in_vmem():
+    config = {"custom_call_config": {"cost_estimate": {"flops": "40", "bytes_accessed": "300"}}}
+    body = f"""\
+  %p = f32[25]{{0:S(1)}} parameter(0)
+  ROOT %k = f32[25]{{0}} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={json.dumps(config)}"""
+    found = walk(program(body), UNIT)
+    assert (found.flops, found.hbm_bytes, found.unpriced) == (40, 200, [])
+
+
+def test_a_kernel_without_an_estimate_is_named():
+    body = """\
+  %p = f32[25]{0} parameter(0)
+  ROOT %k = f32[25]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={}"""
+    found = walk(program(body), UNIT)
+    assert found.hbm_bytes == 200
+    assert found.unpriced == ["k: Pallas kernel without CostEstimate"]
+
+
+@pytest.mark.parametrize(
+    ("size", "links_s"),
+    [(2, 2.0), (4, 1.5), (8, 1.75), (1, 0.0)],
+)
+def test_a_group_of_two_has_one_link(size, links_s):
+    groups = ",".join(str(i) for i in range(size))
+    body = f"""\
+  %p = f32[25]{{0:S(1)}} parameter(0)
+  ROOT %r = f32[25]{{0:S(1)}} all-reduce(%p), replica_groups={{{{{groups}}}}}, to_apply=%add"""
+    assert walk(program(body, others=ADD), UNIT).ici_s == 100 * links_s
+
+
+def test_a_gathered_parameter_is_reported():
+    body = """\
+  %p = f32[32768]{0} parameter(0)
+  ROOT %r = f32[131072]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}"""
+    found = walk(program(body), UNIT)
+    assert [(move.opcode, move.parameter) for move in found.gathered] == [("all-gather", 0)]
+
+
+# Chips, meshes, arithmetic
+
+
+def test_every_chip_names_its_source():
+    for name, chip in chips.chips().items():
+        assert chip.source, name
+        assert chip.topologies, name
+        assert min(chip.bf16_flops, chip.hbm_bytes, chip.hbm_bytes_s) > 0, name
+        assert (chip.link_bytes_s > 0) == (chip.links > 0), name
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:3x3", "v7x:2x2", "H100:3", "v5e:4x4x4x4"])
+def test_a_topology_that_does_not_exist_is_refused_in_one_line(name):
+    with pytest.raises(chips.ChipError) as caught:
+        chips.topology(name)
+    assert "\n" not in str(caught.value)
+    assert name.split(":")[0] in str(caught.value)
+
+
+def test_devices_are_counted_per_chip():
+    assert chips.topology("v5p:2x2x4").devices == 16
+    assert chips.topology("tpu7x:2x2x1").devices == 8
+    assert chips.topology("h100:8").devices == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "Qwen3-9B"}, "Qwen3-8B"),
+        ({"slice_name": "v5e:5x5"}, "v5e:4x4"),
+        ({"dtype": "int3"}, "bfloat16"),
+        ({"mesh": "model=3,data=1"}, "3"),
+        ({"mesh": "modle=4"}, "modle"),
+        ({"mesh": "model=2"}, "has 4"),
+        ({"mesh": "data=4", "batch": 6}, "batch 6"),
+        ({"context": 10**6}, "40960"),
+        ({"batch": 0}, "at least 1"),
+        ({"model": "Qwen3-235B-A22B"}, "more than a chip's"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(arguments, message):
+    settled = {"model": "Qwen3-8B", "slice_name": "v5e:2x2", "batch": 32, "context": 4096} | arguments
+    with pytest.raises(compile.PlanError, match=message) as caught:
+        compile.plan(settled.pop("model"), settled.pop("slice_name"), **settled)
+    assert "\n" not in str(caught.value)
+
+
+def test_meshes_cover_the_devices():
+    dense, moe = (Qwen3Config.from_name(name) for name in ("Qwen3-8B", "Qwen3-30B-A3B"))
+    assert len(compile.meshes(dense, 8)) == 4
+    for mesh in compile.meshes(moe, 16):
+        assert math.prod(mesh.values()) == 16
+    assert len(compile.meshes(moe, 16)) == len({tuple(m.values()) for m in compile.meshes(moe, 16)}) == 15
+
+
+def test_the_ranking_takes_a_mesh_that_splits_the_cache():
+    config = Qwen3Config.from_name("Qwen3-30B-A3B")
+    found = chips.topology("v5e:4x4")
+    ranked, refused = compile.rank(config, found, batch=64, context=4096, dtype="bfloat16")
+    best = ranked[0][0]
+    assert math.prod(best.values()) == 16
+    assert best["model"] <= config.num_key_value_heads
+    seconds = [s for _, s in ranked]
+    assert seconds == sorted(seconds)
+    assert all(r.reason for r in refused)
+    assert len(ranked) + len(refused) == 15
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen3-8B", "Qwen3-30B-A3B"])
+def test_bytes_per_device_add_up(name):
+    from qwen3_jax.plan.programs import bytes_per_device
+
+    config = Qwen3Config.from_name(name)
+    sizes = {"data": 1, "fsdp": 1, "expert": 1, "model": 1}
+    weights, cache = bytes_per_device(config, sizes, ops=plain.XLA, dtype="bfloat16", batch=2, context=1024)
+    assert weights == 2 * config.num_parameters()
+    assert cache == 2 * 1024 * config.kv_bytes_per_token(2)
+    halves, _ = bytes_per_device(config, sizes | {"model": 2}, ops=plain.XLA, dtype="bfloat16", batch=2, context=1024)
+    assert weights / 2 < halves < weights / 2 * 1.02  # the norms and the router are whole
+
+
+# Showing
+
+
+def some_plan(**changes) -> compile.Plan:
+    found = cost.Cost(flops=4e9, hbm_bytes=8.19e9, ici_bytes=1e6, compute_s=1e-3, hbm_s=1e-2, ici_s=1e-4)
+    found = dataclasses.replace(found, schedule_s=1.1e-2, collectives={"all-reduce": cost.Collectives(72, 1e6)})
+    step = compile.Step(32, compile.Memory(4 << 30, 5 << 30, 1 << 20, 1 << 20), found, 5 << 30, 12.0)
+    fields = {"model": "Qwen3-8B", "topology": chips.topology("v5e:2x2"), "mesh": {"data": 1, "model": 4}}
+    fields |= {"batch": 32, "context": 4096, "dtype": "bfloat16", "steps": {"decode": step}}
+    return compile.Plan(**fields | changes)
+
+
+def test_the_json_has_its_stable_keys():
+    data = json.loads(compile.to_json([some_plan()]))
+    wanted = "model topology mesh chips batch context fits hbm_bytes_per_chip hbm_limit_bytes step compile_s"
+    assert set(wanted.split()) <= set(data)
+    assert set(data["hbm_bytes_per_chip"]) == {"weights", "cache", "temp", "code", "total"}
+    decode = data["step"]["decode"]
+    wanted = "flops hbm_bytes ici_bytes collectives roofline_s bound copied_bytes aliased_bytes"
+    assert set(wanted.split()) <= set(decode)
+    assert decode["roofline_s"] == {"compute": 1e-3, "hbm": 1e-2, "ici": 1e-4}
+    assert decode["bound"] == "hbm"
+    assert data["fits"] is True
+    assert data["hbm_bytes_per_chip"]["total"] == sum(
+        data["hbm_bytes_per_chip"][part] for part in ("weights", "cache", "temp", "code")
+    )
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much():
+    from rich.console import Console
+
+    step = some_plan().steps["decode"]
+    heavy = dataclasses.replace(step, memory=dataclasses.replace(step.memory, cache=20 << 30))
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(compile.table(some_plan(steps={"decode": heavy})))
+    shown = console.export_text()
+    assert "does not fit by 9.77 GB" in shown
+    assert "all-reduce" in shown
+
+
+def test_the_page_draws_every_phase():
+    page = compile.page([some_plan(), some_plan(model="<b>")])
+    assert page.count("<svg") == 2
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+
+
+# The fleet
+
+
+def test_the_fleet_holds_weights_and_cache():
+    config = Qwen3Config.from_name("Qwen3-8B")
+    weights = fleet.weight_bytes(config, "bfloat16")
+    assert weights == 2 * config.num_parameters()
+    rows = {(r.model, r.dtype, r.context): r for r in fleet.table(["Qwen3-8B"])}
+    short = rows["Qwen3-8B", "bfloat16", 4096].smallest
+    assert short["L4"] == 1  # 16.4 GB of weights and 0.6 GB of cache on 24 GB
+    assert short["T4"] == 4
+    assert rows["Qwen3-8B", "int4", 4096].smallest["T4"] == 1
+
+
+def test_int4_keeps_what_is_not_a_matrix_product_in_bfloat16():
+    config = Qwen3Config.from_name("Qwen3-0.6B")
+    _, abstract = models.declare(config, dtype=jnp.bfloat16, ops=plain.XLA)
+    products = sum(leaf.size for leaf in jax.tree.leaves(abstract["layers"]) if leaf.ndim > 1)
+    rest = config.num_parameters() - products
+    scales = products / fleet.GROUP * 2
+    assert fleet.weight_bytes(config, "int4") == pytest.approx(products / 2 + scales + 2 * rest)
