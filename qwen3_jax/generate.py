@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen3_jax import checkpoint, compile_cache
-from qwen3_jax.checkpoint import hub
+from qwen3_jax.checkpoint.folder import open_folder
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model import Params
 from qwen3_jax.ops import Ops
 from qwen3_jax.runner import Batch, PromptError, Request, Runner
-from qwen3_jax.sampling import SamplingParams
+from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.steps import BROKEN, CALL, IDLE
 from qwen3_jax.text.detokenize import StopStrings
 from qwen3_jax.text.template import ChatTemplate, TemplateError
@@ -172,8 +172,8 @@ class Generator:
         """Load a Hugging Face folder, or a hub id where a network is there.
 
         Args:
-            folder: with config.json, safetensors, tokenizer.json, tokenizer_config.json; generation_config.json gives
-                the `defaults`, without it decoding is greedy.
+            folder: with config.json, weights (safetensors or Orbax), tokenizer.json, tokenizer_config.json;
+                generation_config.json gives the `defaults`, without it decoding is greedy.
             dtype: "float32" or "bfloat16", what the network computes in; None is the file's (float32 for float16).
             param_dtype: what the parameters are kept in; None is `dtype`, "file" keeps the file's.
             progress: show a bar while loading.
@@ -184,8 +184,8 @@ class Generator:
         """
         began = time.perf_counter()
         compile_cache.enable(cache)
-        folder = hub.resolve(folder)
-        found = checkpoint.inspect(folder)
+        folder = checkpoint.resolve(folder)
+        found = open_folder(folder)
         dtype = dtype or ("bfloat16" if found.config.dtype == "bfloat16" else "float32")
         tokenizer = Tokenizer.from_folder(folder)
         settings = folder / "generation_config.json"
@@ -195,9 +195,10 @@ class Generator:
             folder / "tokenizer_config.json"
         )
         template = ChatTemplate.from_folder(folder) if has_template else None
-        config, params = checkpoint.load(folder, dtype=dtype, param_dtype=param_dtype, progress=progress)
+        stored = None if param_dtype == "file" else param_dtype or dtype
+        params = found.load(dtype=stored, progress=progress)
         return cls(
-            config,
+            found.config,
             params,
             tokenizer,
             template=template,
@@ -420,7 +421,8 @@ class _Row:
         self.request = request
         self.completion: Completion | None = None
         self._tags = tags
-        self._opened = tags is not None and tags.opened_by(request.prompt, tokenizer)
+        forced = request.thinks and request.params.thinking_budget == 0  # the first token is the stop text's
+        self._opened = tags is not None and (forced or tags.opened_by(request.prompt, tokenizer))
         self._stream = ThinkingStream(tokenizer, opened=self._opened)
         params = request.params
         self._stops: dict[Label, StopStrings] = {

@@ -23,7 +23,8 @@ from qwen3_jax import ops as ops_
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model import Params, declare
 from qwen3_jax.ops import Ops
-from qwen3_jax.sampling import Sampler, SamplingParams
+from qwen3_jax.sampling import Sampler
+from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.steps import CALL, Steps
 
 PROMPT_TOKENS = 16  # smallest buckets

@@ -11,7 +11,7 @@ from qwen3_jax import runner as runner_
 from qwen3_jax.checkpoint import load
 from qwen3_jax.ops import plain
 from qwen3_jax.runner import Batch, Request, Runner
-from qwen3_jax.sampling import SamplingParams
+from qwen3_jax.sampling_params import SamplingParams
 from tests import tiny
 
 EOS = 95

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from qwen3_jax import sampling
-from qwen3_jax.sampling import Sampler, SamplingError, SamplingParams
+from qwen3_jax.sampling import Sampler
+from qwen3_jax.sampling_params import SamplingError, SamplingParams
 
 VOCAB = 300
 
