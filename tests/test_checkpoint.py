@@ -214,6 +214,13 @@ def test_arrays_survive_a_rewrite_of_the_file(dense: Path):
         np.testing.assert_array_equal(np.asarray(leaf), expected[path], path)
 
 
+def test_file_cut_short_after_inspection_is_an_error(dense: Path):
+    opened = checkpoint.inspect(dense)
+    os.truncate(dense / WEIGHTS, 5000)
+    with pytest.raises(ValueError, match=r"model.safetensors: was cut short while it was being read"):
+        opened.load()
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_a_part_of_the_tree_is_loaded_by_its_path(folders: dict[str, Path], kind: str):
     opened = checkpoint.inspect(folders[kind])
@@ -242,8 +249,8 @@ def test_slices_read_what_numpy_slices(folders: dict[str, Path], monkeypatch: py
                 np.testing.assert_array_equal(source[index], whole[entry.dotted][index])
             np.testing.assert_array_equal(source[:1], whole[entry.dotted][:1])
             assert source[...].ctypes.data % 64 == 0
-    with pytest.raises(IndexError, match="contiguous"):
-        source[::2]
+        with pytest.raises(IndexError, match="contiguous"):
+            opened.source(opened.entries[0])[::2]
 
 
 def test_each_device_reads_its_slice(folders: dict[str, Path]):
@@ -539,6 +546,13 @@ def test_symlink_out_of_the_folder_is_refused(dense: Path, tmp_path: Path, name:
     assert problem.startswith(f"{name}: points outside the folder")
 
 
+def test_loop_of_symlinks_is_refused(dense: Path):
+    (dense / WEIGHTS).unlink()
+    (dense / WEIGHTS).symlink_to(dense / WEIGHTS)
+    (problem,) = problems_of(dense)
+    assert problem.startswith(f"{WEIGHTS}: cannot be")
+
+
 def test_symlinked_folder_and_hub_cache_are_accepted(dense: Path, tmp_path: Path):
     (tmp_path / "link").symlink_to(dense)
     checkpoint.load(tmp_path / "link", progress=False)
@@ -566,7 +580,8 @@ def test_transformers_reopens_an_export(tmp_path: Path, folders: dict[str, Path]
     original = AutoModelForCausalLM.from_pretrained(folders[kind], dtype="auto")
     tokens = np.arange(12).reshape(2, 6)
     for folder in (tmp_path / "one", tmp_path / "many"):
-        reopened, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        reopened, info = found
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert reopened.dtype == original.dtype
         np.testing.assert_array_equal(tiny.logits(reopened, tokens), tiny.logits(original, tokens))

@@ -81,6 +81,8 @@ def test_backbone_of_a_whole_orbax_folder(tmp_path: Path, folders: dict[str, Pat
     checkpoint.convert(folders["dense"], tmp_path / "orbax", "orbax", progress=False)
     _, params = checkpoint.load(tmp_path / "orbax", backbone=True, progress=False)
     _, expected = checkpoint.load(folders["dense"], backbone=True, progress=False)
+    with pytest.raises(CheckpointError, match="this is an Orbax folder, convert it first"):
+        checkpoint.inspect(tmp_path / "orbax")
     chex.assert_trees_all_equal(params, expected)
 
 
@@ -118,6 +120,15 @@ def test_convert_refuses_with_one_line_and_leaves_nothing(tmp_path: Path):
         checkpoint.convert(source, tmp_path / "out", "hf")
     (source / "tokenizer.json").unlink()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_current_folder_can_be_the_destination(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    checkpoint.convert(folders["dense"], ".", "hf", progress=False)
+    assert digests(tmp_path / "out") == digests(folders["dense"])
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])

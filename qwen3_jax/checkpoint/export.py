@@ -60,7 +60,7 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
 
     Raises CheckpointError if `folder` exists and is not an empty folder.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # "." has no name
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise CheckpointError(folder, ["exists already: give a new or an empty folder"], verb="written")
     partial = None

@@ -36,6 +36,7 @@ from qwen3_jax.config import ConfigError, Qwen3Config
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MANIFEST = "qwen3_jax.json"  # of an Orbax folder
 MAX_INDEX_BYTES = 32 << 20
 MAX_TENSORS = 200_000  # of a model; Qwen3-Coder-480B has 30,321
 
@@ -82,7 +83,7 @@ def on_default_device(path: str, source: Source) -> jax.Array:
 
     `lambda path, source: jax.make_array_from_callback(source.shape, shardings[path], source.__getitem__)`
     """
-    return jax.device_put(source[...])
+    return jax.device_put(source[...]).block_until_ready()  # or host copies queue up behind a slow device
 
 
 class Located(NamedTuple):
@@ -284,8 +285,10 @@ def require_inside(folder: Path, name: str) -> None:
 
     The cache of huggingface_hub is the exception: snapshots/<revision>/<file> links to ../../blobs/<hash> there.
     """
-    home = folder.resolve()
-    target = (folder / name).resolve()
+    try:
+        home, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of symlinks
+        raise OutsideError(f"{clip(name)}: cannot be followed: {error}") from None
     homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(target.is_relative_to(place) for place in homes):
         raise OutsideError(f"{clip(name)}: points outside the folder, to {target}: put the file itself there")
@@ -308,9 +311,10 @@ def _weight_files(folder: Path, problems: list[str]) -> tuple[dict[str, None], d
     if loose:
         problems.append(f"{INDEX}: missing, so {len(loose)} file(s) like {clip(loose[0])} have no order")
     elif foreign:
-        problems += [
-            f"{clip(name)}: not a safetensors file, never opened: save the model with safetensors" for name in foreign
-        ]
+        remedy = "not a safetensors file, never opened: save the model with safetensors"
+        problems += [f"{clip(name)}: {remedy}" for name in foreign]
+    elif (folder / MANIFEST).exists():
+        problems.append(f"{MANIFEST}: this is an Orbax folder, convert it first: qwen3-jax convert IN OUT --to hf")
     else:
         problems.append(f"{SINGLE}: missing, and there is no {INDEX} either")
     return {}, None

@@ -23,6 +23,7 @@ from qwen3_jax.checkpoint.export import require_tree
 from qwen3_jax.checkpoint.hf import (
     CONFIG,
     FLOATS,
+    MANIFEST,
     MAX_TENSORS,
     MISSING_HEAD,
     CheckpointError,
@@ -40,7 +41,6 @@ from qwen3_jax.checkpoint.names import Naming
 from qwen3_jax.checkpoint.safetensors_file import clip, unique_pairs
 from qwen3_jax.config import ConfigError, Qwen3Config
 
-MANIFEST = "qwen3_jax.json"
 ARRAYS = "params"
 FORMAT = "qwen3_jax parameters 1"
 MAX_MANIFEST_BYTES = 32 << 20

@@ -73,8 +73,8 @@ class TensorInfo(NamedTuple):
 class SafetensorsFile:
     """A memory-mapped safetensors file: `file[name]` is a read-only numpy view of it, without a copy.
 
-    A view follows the file: it changes when the file is rewritten in place and the process dies of SIGBUS when the
-    file is cut short meanwhile. Copy what must outlive that (`hf.load` does). Raises SafetensorsError.
+    A view follows the file: it changes when the file is rewritten in place, and reading it kills the process (SIGBUS)
+    when the file has been cut short since. Copy what must outlive that, as loading does. Raises SafetensorsError.
     """
 
     def __init__(self, path: Path | str):
@@ -91,7 +91,12 @@ class SafetensorsFile:
             raise SafetensorsError(path, f"cannot be read: {error.strerror or error}") from None
 
     def view(self, info: TensorInfo) -> np.ndarray:
-        """Return the bytes at `info` as an array; `info` need not be a tensor of the header, only a part of one."""
+        """Return the bytes at `info` as an array; `info` need not be a tensor of the header, only a part of one.
+
+        Raises SafetensorsError if the file has become shorter.
+        """
+        if self._map.size() < info.start + info.nbytes:  # of the file as it is now
+            raise SafetensorsError(self.path, "was cut short while it was being read")
         flat = np.frombuffer(self._map, info.dtype, math.prod(info.shape), info.start)
         return flat.reshape(info.shape)
 
