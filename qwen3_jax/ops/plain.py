@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen3_jax.ops import LayerCache, Ops
+from qwen3_jax.ops import LayerCache, Ops, moe
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
@@ -59,53 +59,6 @@ def _masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Arr
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
-def moe_dense(
-    x: jax.Array,
-    weights: jax.Array,
-    experts: jax.Array,
-    gate_proj: jax.Array,
-    up_proj: jax.Array,
-    down_proj: jax.Array,
-) -> jax.Array:
-    """Compute every expert for every token and mask; see `Ops.moe`."""
-    E = gate_proj.shape[0]
-    share = jnp.sum(jax.nn.one_hot(experts, E, dtype=x.dtype) * weights[..., None].astype(x.dtype), axis=1)
-    hidden = jax.nn.silu(einsum("RD,EFD->REF", x, gate_proj)) * einsum("RD,EFD->REF", x, up_proj)
-    each = jnp.einsum("REF,EDF->RED", hidden, down_proj.astype(x.dtype), preferred_element_type=jnp.float32)
-    return jnp.einsum("RED,RE->RD", each, share.astype(jnp.float32)).astype(x.dtype)
-
-
-def moe_grouped(
-    x: jax.Array,
-    weights: jax.Array,
-    experts: jax.Array,
-    gate_proj: jax.Array,
-    up_proj: jax.Array,
-    down_proj: jax.Array,
-) -> jax.Array:
-    """Sort the routed rows by expert and multiply the groups with `lax.ragged_dot_general`; see `Ops.moe`."""
-    R, C = experts.shape
-    E = gate_proj.shape[0]
-    order = jnp.argsort(experts.reshape(-1))
-    sizes = jnp.bincount(experts.reshape(-1), length=E).astype(jnp.int32)
-    rows = x[order // C]
-    gate, up = _ragged_linear(rows, gate_proj, sizes), _ragged_linear(rows, up_proj, sizes)
-    each = _ragged_linear(jax.nn.silu(gate) * up, down_proj, sizes)
-    # Rows beyond the last group belong to no expert here and hold nothing that is defined.
-    each = jnp.where(jnp.arange(R * C)[:, None] < jnp.sum(sizes), each.astype(jnp.float32), 0)
-    each = each * weights.reshape(-1)[order, None].astype(jnp.float32)
-    return jnp.zeros((R, x.shape[1]), jnp.float32).at[order // C].add(each).astype(x.dtype)
-
-
-def _ragged_linear(rows: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Multiply consecutive groups of rows [R, in] by their own [out, in] matrix of w [E, out, in]."""
-    contract_in = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
-    out = lax.ragged_dot_general(rows, w.astype(rows.dtype), sizes, contract_in, preferred_element_type=jnp.float32)
-    return out.astype(rows.dtype)
-
-
 CACHE_AXES = {"k": "batch slots kv_heads head_dim", "v": "batch slots kv_heads head_dim"}
-ORACLE = Ops(einsum, attend, init_cache, update_cache, attend_cache, moe_dense, CACHE_AXES)
-XLA = ORACLE._replace(moe=moe_grouped)
+ORACLE = Ops(einsum, attend, init_cache, update_cache, attend_cache, moe.dense, CACHE_AXES)
+XLA = ORACLE._replace(moe=moe.grouped)

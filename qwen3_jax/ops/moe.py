@@ -1,0 +1,183 @@
+"""The experts of one MoE layer on one device: one signature (`Ops.moe`), several algorithms, one obvious oracle.
+
+    dense      every expert for every row, masked by definition: the oracle
+    every      the same work arranged for few rows: each expert's weights are read once, in the layout they have
+    grouped    rows sorted by expert; `swiglu` multiplies each group by its own expert; for many rows
+
+All are dropless: what a router does changes the time, never the result. An expert id of E or more means none, which is
+how a device that holds some of the experts sees a row that belongs elsewhere.
+
+Axis letters: R rows, C choices per row, E experts here, D hidden, F expert width, M routed rows that are multiplied.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Swiglu = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(rows [M,D], sizes [E] int32, gate_proj [E,F,D], up_proj [E,F,D], down_proj [E,D,F]) -> [M,D] in the rows' dtype:
+expert e's SwiGLU on the e-th group of consecutive rows. Rows beyond the last group come back undefined."""
+
+
+def dense(
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    gate_proj: jax.Array,
+    up_proj: jax.Array,
+    down_proj: jax.Array,
+    *,
+    expected: int | None = None,
+) -> jax.Array:
+    """Compute every expert for every row and mask: the definition; see `Ops.moe`."""
+    E = gate_proj.shape[0]
+    share = jnp.sum(jax.nn.one_hot(experts, E, dtype=jnp.float32) * weights[..., None].astype(jnp.float32), axis=1)
+    gate, up = _linear("RD,EFD->REF", x, gate_proj), _linear("RD,EFD->REF", x, up_proj)
+    hidden = jax.nn.silu(gate.astype(x.dtype)) * up.astype(x.dtype)
+    return jnp.einsum("RED,RE->RD", _linear("REF,EDF->RED", hidden, down_proj), share).astype(x.dtype)
+
+
+def every(
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    gate_proj: jax.Array,
+    up_proj: jax.Array,
+    down_proj: jax.Array,
+    *,
+    expected: int | None = None,
+) -> jax.Array:
+    """Run all rows through all experts in three products, the weights folded in before the last; see `Ops.moe`.
+
+    Reading an expert's weights takes longer than multiplying a hundred rows by them, so with few rows the masked work
+    is free, and there is nothing to sort, gather or scatter.
+    """
+    E = gate_proj.shape[0]
+    share = jnp.sum(jax.nn.one_hot(experts, E, dtype=jnp.float32) * weights[..., None].astype(jnp.float32), axis=1)
+    hidden = jax.nn.silu(_linear("RD,EFD->ERF", x, gate_proj)) * _linear("RD,EFD->ERF", x, up_proj)
+    hidden = (hidden * share.T[:, :, None]).astype(x.dtype)
+    return _linear("ERF,EDF->RD", hidden, down_proj).astype(x.dtype)
+
+
+def _linear(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def grouped(
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    gate_proj: jax.Array,
+    up_proj: jax.Array,
+    down_proj: jax.Array,
+    *,
+    expected: int | None = None,
+    swiglu: Swiglu | None = None,
+    align: int = 1,
+) -> jax.Array:
+    """Sort the routed rows by expert and run each group through its expert; see `Ops.moe`.
+
+    Args:
+        expected: how many of the R*C routes probably name an expert that is here; sizes the buffers. Where more do, the
+            same code runs again on the rest, as often as it takes; None takes room for all.
+        swiglu: multiplies the groups, `ragged_swiglu` by default.
+        align: every group starts at a multiple of this, which `swiglu` may rely on; what pads a group is ignored.
+    """
+    R, C = experts.shape
+    E = gate_proj.shape[0]
+    swiglu = ragged_swiglu if swiglu is None else swiglu
+    flat = jnp.minimum(experts, E).reshape(-1)
+    order = jnp.argsort(flat)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+    first = jnp.cumsum(sizes) - sizes
+    ends = jnp.cumsum(lax.div(sizes + (align - 1), jnp.int32(align)) * align)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
+    # An aligned slot holds route order[slot - shift] of its expert, if that is one of the expert's.
+    routing = (order, starts, ends, starts - first, starts + sizes)
+    arrays = (x, weights, gate_proj, up_proj, down_proj)
+    most = round_up(R * C + min(E, R * C) * (align - 1), align)
+    block = most if expected is None else min(most, round_up(expected * 5 // 4 + E * align // 2, align))
+    multiply = partial(_one_block, swiglu, block, C)
+    if block == most:
+        return multiply(jnp.int32(0), routing, arrays)
+    return sum_of_rounds(multiply, lax.div(ends[-1] + (block - 1), jnp.int32(block)), routing, arrays)
+
+
+def _one_block(
+    swiglu: Swiglu, block: int, C: int, k: jax.Array, routing: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]
+) -> jax.Array:
+    """Return what the k-th block of slots adds to the result [R, D]."""
+    order, starts, ends, shift, filled = routing
+    x, weights, gate_proj, up_proj, down_proj = arrays
+    slot = k * block + jnp.arange(block, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.sum(slot[:, None] >= ends, axis=1), ends.shape[0] - 1)
+    real = slot < filled[expert]
+    route = order[jnp.clip(slot - shift[expert], 0, order.shape[0] - 1)]
+    token = lax.div(route, jnp.int32(C))
+    here = jnp.clip(ends - k * block, 0, block) - jnp.clip(starts - k * block, 0, block)
+    each = swiglu(x[token], here, gate_proj, up_proj, down_proj)
+    # Undefined rows and padding must not reach the sum, not even as NaN times zero.
+    each = jnp.where(real[:, None], each.astype(jnp.float32), 0)
+    each = each * weights.reshape(-1)[route, None].astype(jnp.float32)
+    return jnp.zeros(x.shape, jnp.float32).at[token].add(each).astype(x.dtype)
+
+
+def ragged_swiglu(
+    rows: jax.Array, sizes: jax.Array, gate_proj: jax.Array, up_proj: jax.Array, down_proj: jax.Array
+) -> jax.Array:
+    """Multiply the groups with `lax.ragged_dot_general`, which runs and differentiates everywhere; see `Swiglu`."""
+    gate, up = _ragged_linear(rows, gate_proj, sizes), _ragged_linear(rows, up_proj, sizes)
+    return _ragged_linear(jax.nn.silu(gate) * up, down_proj, sizes)
+
+
+def _ragged_linear(rows: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    contract_in = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    out = lax.ragged_dot_general(rows, w.astype(rows.dtype), sizes, contract_in, preferred_element_type=jnp.float32)
+    return out.astype(rows.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sum_of_rounds(f: Callable[[jax.Array, Any, Any], jax.Array], rounds: jax.Array, routing: Any, arrays: Any):
+    """Return the sum of f(k, routing, arrays) over k < rounds, where only the device knows the number of rounds.
+
+    The first round stands outside the loop: it is nearly always the only one. The gradient is the same sum, with each
+    round recomputed, so that nothing grows with the number of rounds. `routing` holds integers and has no gradient.
+    """
+
+    def more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        k, total = carry
+        return k + 1, total + f(k, routing, arrays)
+
+    first = f(jnp.int32(0), routing, arrays)
+    return lax.while_loop(lambda carry: carry[0] < rounds, more, (jnp.int32(1), first))[1]
+
+
+def _forward(f: Any, rounds: jax.Array, routing: Any, arrays: Any) -> tuple[jax.Array, Any]:
+    return sum_of_rounds(f, rounds, routing, arrays), (rounds, routing, arrays)
+
+
+def _backward(f: Any, saved: Any, slope: jax.Array) -> tuple[None, None, Any]:
+    rounds, routing, arrays = saved
+
+    def pull(k: jax.Array) -> Any:
+        return jax.vjp(partial(f, k, routing), arrays)[1](slope)[0]
+
+    def more(carry: Any) -> Any:
+        k, total = carry
+        return k + 1, jax.tree.map(jnp.add, total, pull(k))
+
+    return None, None, lax.while_loop(lambda carry: carry[0] < rounds, more, (jnp.int32(1), pull(jnp.int32(0))))[1]
+
+
+sum_of_rounds.defvjp(_forward, _backward)
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Return the least multiple that is not below n."""
+    return -(-n // multiple) * multiple

@@ -1,0 +1,265 @@
+"""The experts of one MoE layer on a mesh: who sends what to whom. Runs on each device inside `jax.shard_map`.
+
+Mesh axes play three roles in a layer. *Shared* axes split both the rows and the experts; *other* axes split the experts
+only, so that their devices hold the same rows; the remaining axes split rows only and take no part. One signature,
+four algorithms, every one dropless for every routing:
+
+    replicated         collect the shared axes' rows, run the local experts on all of them, sum over shared and other
+                       axes in one reduction, keep the own rows
+    gather             the same, but the sum over the shared axes is scattered: each device receives its own rows only
+    all_to_all         send each route's row to the device that holds its expert, and the product back, in blocks of a
+                       fixed size: as many exchanges as the fullest pair of devices needs
+    ragged_all_to_all  the same, sending only what each block holds; TPU and GPU only, XLA's CPU backend has no such
+                       collective
+
+`choose` says which one runs. Axis letters: R rows of this device, C choices per row, E experts here, D hidden.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen3_jax.ops.moe import round_up, sum_of_rounds
+
+ALGORITHMS = ("replicated", "gather", "all_to_all", "ragged_all_to_all")
+FEW_ROWS = 128
+
+LocalMoe = Callable[..., jax.Array]
+
+
+class Island(NamedTuple):
+    """The mesh as one MoE layer sees it."""
+
+    sizes: tuple[tuple[str, int], ...]
+    """Every mesh axis and its size."""
+    rows: tuple[str, ...]
+    """The axes that split the rows, major first."""
+    experts: tuple[str, ...]
+    """The axes that split the experts, major first."""
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return tuple(axis for axis in self.rows if axis in self.experts)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return tuple(axis for axis in self.experts if axis not in self.rows)
+
+    def ways(self, axes: tuple[str, ...]) -> int:
+        """Return over how many devices the axes split."""
+        return math.prod(dict(self.sizes)[axis] for axis in axes)
+
+
+def island(shape: Mapping[str, int], rules: Mapping[str, tuple[str, ...]]) -> Island:
+    """Read the roles of a mesh's axes from the rules; rows are split by the axes of "batch" and of "length"."""
+    rows = rules["batch"] + tuple(axis for axis in rules["length"] if axis not in rules["batch"])
+    return Island(tuple(shape.items()), rows, rules["experts"])
+
+
+def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
+    """Return the algorithm for a layer, from what is known when it is traced.
+
+    A group is the devices along the shared axes.
+      - A group of one, or one that holds at most 128 rows together (decoding): "replicated". Everything is in reach or
+        small, and a single reduction costs one latency.
+      - Otherwise what keeps the links busy for the shorter time. Each way, per row: collecting brings group - 1 rows
+        to every device; an exchange sends choices / others routes, each over max(1, group / 4) links of a ring.
+        Where the exchange is shorter: "ragged_all_to_all" on TPU and GPU, "all_to_all" on CPU; else "gather".
+
+    Args:
+        place: the mesh.
+        rows: R of one device.
+        choices: C, experts per row.
+        platform: "cpu", "tpu", "gpu" or "cuda".
+    """
+    group = place.ways(place.shared)
+    if group == 1 or group * rows <= FEW_ROWS:
+        return "replicated"
+    hops = max(1.0, group / 4) if platform == "tpu" else 1.0
+    if hops * choices / place.ways(place.others) >= group - 1:
+        return "gather"
+    return "all_to_all" if platform == "cpu" else "ragged_all_to_all"
+
+
+def run(
+    algorithm: str,
+    moe: LocalMoe,
+    place: Island,
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    gate_proj: jax.Array,
+    up_proj: jax.Array,
+    down_proj: jax.Array,
+    *,
+    room: int | None = None,
+) -> jax.Array:
+    """Apply a layer's experts, wherever they are, to this device's rows.
+
+    Args:
+        algorithm: one of `ALGORITHMS`.
+        moe: the single-device formulation, see `Ops.moe`.
+        place: the mesh.
+        x, weights, experts: this device's rows [R, D], [R, C], [R, C] int32 ids over the whole layer; an id beyond the
+            layer's experts means none.
+        gate_proj, up_proj, down_proj: this device's experts.
+        room: rows that one device sends to another in one exchange; by default a quarter more than the average.
+
+    Returns:
+        [R, D], complete on every device.
+
+    Raises:
+        ValueError: the algorithm is none of them.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"MoE algorithm {algorithm!r} is unknown: use {', '.join(ALGORITHMS)}")
+    stacks = (gate_proj, up_proj, down_proj)
+    if algorithm in ("replicated", "gather"):
+        return _collected(algorithm, moe, place, x, weights, experts, *stacks)
+    return _exchanged(algorithm, moe, place, room, x, weights, experts, *stacks)
+
+
+def _collected(
+    algorithm: str,
+    moe: LocalMoe,
+    place: Island,
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    *stacks: jax.Array,
+) -> jax.Array:
+    R, C = experts.shape
+    E = stacks[0].shape[0]
+    group = place.ways(place.shared)
+    ways = place.ways(place.experts)
+    if group > 1:
+        x, weights, experts = _gather(place.shared, x, weights, jnp.minimum(experts, ways * E))
+    mine = experts - lax.axis_index(place.experts) * E
+    mine = jnp.where((mine >= 0) & (mine < E), mine, E)
+    out = moe(x, weights, mine, *stacks, expected=None if ways == 1 else -(-group * R * C // ways))
+    if algorithm == "gather" and group > 1:
+        out = lax.psum_scatter(out, place.shared, scatter_dimension=0, tiled=True)
+        return lax.psum(out, place.others)
+    out = lax.psum(out, place.shared + place.others)
+    return lax.dynamic_slice_in_dim(out, lax.axis_index(place.shared) * R, R) if group > 1 else out
+
+
+def _gather(
+    axes: tuple[str, ...], x: jax.Array, weights: jax.Array, experts: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Collect all rows and their routes in one transfer; an id travels as two digits that bfloat16 holds exactly."""
+    C = experts.shape[1]
+    digits = (lax.div(experts, jnp.int32(256)), lax.rem(experts, jnp.int32(256)))
+    packed = jnp.concatenate([x, *(a.astype(x.dtype) for a in (weights, *digits))], axis=1)
+    packed = lax.all_gather(packed, axes, axis=0, tiled=True)
+    x, weights, high, low = jnp.split(packed, [x.shape[1], x.shape[1] + C, x.shape[1] + 2 * C], axis=1)
+    return x, weights, high.astype(jnp.int32) * 256 + low.astype(jnp.int32)
+
+
+def _exchanged(
+    algorithm: str,
+    moe: LocalMoe,
+    place: Island,
+    room: int | None,
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    *stacks: jax.Array,
+) -> jax.Array:
+    """Exchange rows over the shared axes; each of the other axes' devices takes the routes of its own experts."""
+    R, C = experts.shape
+    E = stacks[0].shape[0]
+    group, others = place.ways(place.shared), place.ways(place.others)
+    if room is None:
+        room = round_up(-(-R * C * 5 // (4 * group * others)), 8)
+    room = min(room, R * C)
+    # Routes in the order (peer, its expert); those of other columns and of no expert come last, as peer = group.
+    flat = experts.reshape(-1)
+    peer, here = _peer(place, flat, E)
+    local = lax.rem(flat, jnp.int32(E))
+    key = jnp.where(here, peer * E + local, group * E)
+    order = jnp.argsort(key)
+    sent = jnp.sum(key[:, None] == jnp.arange(group * E), axis=0, dtype=jnp.int32).reshape(group, E)
+    came = lax.all_to_all(sent, place.shared, split_axis=0, concat_axis=0, tiled=True)
+    routing = (order, sent, came)
+    step = partial(_one_exchange, algorithm, moe, place, room)
+    out = step(jnp.int32(0), routing, (x, weights, *stacks)) if room == R * C else None
+    if out is None:
+        # All devices must take part in every exchange, so all run as many as the fullest pair needs.
+        fullest = lax.pmax(jnp.max(jnp.sum(sent, axis=1)), tuple(dict(place.sizes)))
+        rounds = lax.div(fullest + (room - 1), jnp.int32(room))
+        out = sum_of_rounds(step, rounds, routing, (x, weights, *stacks))
+    return lax.psum(out.astype(x.dtype), place.others)
+
+
+def _peer(place: Island, expert: jax.Array, E: int) -> tuple[jax.Array, jax.Array]:
+    """Return each expert's place along the shared axes, and whether it is in this device's column of them."""
+    device = lax.div(expert, jnp.int32(E))
+    here = device < place.ways(place.experts)
+    sizes = dict(place.sizes)
+    at = {}
+    for axis in reversed(place.experts):
+        at[axis] = lax.rem(device, jnp.int32(sizes[axis]))
+        device = lax.div(device, jnp.int32(sizes[axis]))
+    for axis in place.others:
+        here = here & (at[axis] == lax.axis_index(axis))
+    peer = jnp.zeros_like(expert)
+    for axis in place.shared:
+        peer = peer * sizes[axis] + at[axis]
+    return peer, here
+
+
+def _one_exchange(
+    algorithm: str,
+    moe: LocalMoe,
+    place: Island,
+    room: int,
+    k: jax.Array,
+    routing: tuple[jax.Array, jax.Array, jax.Array],
+    arrays: tuple[jax.Array, ...],
+) -> jax.Array:
+    """Return what the k-th block of `room` routes per pair of devices adds to this device's rows [R, D], in float32."""
+    order, sent, came = routing
+    x, weights, *stacks = arrays
+    R, C = weights.shape
+    group = sent.shape[0]
+    within = k * room + jnp.arange(room, dtype=jnp.int32)
+    outgoing, incoming = (jnp.clip(jnp.sum(n, axis=1) - k * room, 0, room) for n in (sent, came))
+    total = jnp.sum(sent, axis=1)
+    first = jnp.cumsum(total) - total
+    route = order[jnp.clip(first[:, None] + within, 0, R * C - 1)].reshape(-1)
+    real = (within < total[:, None]).reshape(-1)
+    token = lax.div(route, jnp.int32(C))
+    exchange = partial(_swap, algorithm, place.shared, room)
+    rows = exchange(x[token], outgoing, incoming)
+    # A peer's rows come in the order of their experts, so the counts alone say which row is for which.
+    ids = jnp.sum(within[None, :, None] >= jnp.cumsum(came, axis=1)[:, None, :], axis=2, dtype=jnp.int32)
+    ones = jnp.ones((group * room, 1), x.dtype)
+    back = exchange(moe(rows, ones, ids.reshape(-1, 1), *stacks), incoming, outgoing)
+    each = jnp.where(real[:, None], back.astype(jnp.float32), 0)
+    each = each * weights.reshape(-1)[route, None].astype(jnp.float32)
+    return jnp.zeros((R, x.shape[1]), jnp.float32).at[token].add(each)
+
+
+def _swap(
+    algorithm: str, axes: tuple[str, ...], room: int, rows: jax.Array, outgoing: jax.Array, incoming: jax.Array
+) -> jax.Array:
+    """Give each peer its `room` rows and return theirs, in the order of the peers.
+
+    Args:
+        rows: [group * room, D], the rows for peer p from p * room on.
+        outgoing: [group] how many of them are real.
+        incoming: [group] how many real ones each peer has for this device.
+    """
+    if algorithm == "all_to_all":
+        return lax.all_to_all(rows, axes, split_axis=0, concat_axis=0, tiled=True)
+    starts = jnp.arange(outgoing.shape[0], dtype=jnp.int32) * room
+    there = jnp.full_like(starts, lax.axis_index(axes) * room)
+    return lax.ragged_all_to_all(
+        rows, jnp.zeros_like(rows), starts, outgoing, there, incoming, axis_name=axes if len(axes) > 1 else axes[0]
+    )

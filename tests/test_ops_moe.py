@@ -1,0 +1,272 @@
+"""The experts: every algorithm against the dense oracle, the oracle against live transformers, for hostile routings."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import lax
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from qwen3_jax.ops import mesh as ops_mesh
+from qwen3_jax.ops import moe, moe_parallel, moe_tpu
+from qwen3_jax.ops.plain import ORACLE, XLA
+from qwen3_jax.sharding import RULES, make_mesh
+
+E, C, D, F = 16, 3, 8, 12
+
+
+def routing(name: str, R: int, key: jax.Array) -> jax.Array:
+    """Return [R, C] expert ids, distinct within a row unless the name says otherwise; `E` means none."""
+    scores = jax.random.uniform(key, (R, E))
+    ids = {
+        "random": lax.top_k(scores, C)[1],
+        "one expert": jnp.full((R, C), E - 1).at[:, 1:].set(E),
+        "one expert, thrice": jnp.full((R, C), 5),
+        "one shard": lax.top_k(scores.at[:, 4:].set(-1), C)[1],
+        "last shard": lax.top_k(scores.at[:, :-4].set(-1), C)[1],
+        "even experts only": lax.top_k(scores.at[:, 1::2].set(-1), C)[1],
+        "duplicates": jnp.repeat(lax.top_k(scores, 1)[1], C, axis=1).at[::2, 0].set(2),
+        "some are none": jnp.where(jax.random.bernoulli(key, 0.4, (R, C)), E, lax.top_k(scores, C)[1]),
+        "all none": jnp.full((R, C), E + 7),
+    }
+    return ids[name].astype(jnp.int32)
+
+
+ROUTINGS = (
+    "random",
+    "one expert",
+    "one expert, thrice",
+    "one shard",
+    "last shard",
+    "even experts only",
+    "duplicates",
+    "some are none",
+    "all none",
+)
+
+
+def arrays(R: int, dtype: jnp.dtype = jnp.float32) -> tuple[jax.Array, ...]:
+    """Return x, weights, gate_proj, up_proj, down_proj."""
+    shapes = ((R, D), (R, C), (E, F, D), (E, F, D), (E, D, F))
+    keys = jax.random.split(jax.random.key(7), len(shapes))
+    return tuple(jax.random.normal(k, s, jnp.float32).astype(dtype) for k, s in zip(keys, shapes, strict=True))
+
+
+def with_gradients(function):
+    """Jit a moe function into one that returns its result and the gradients of all arrays for a given slope."""
+
+    @jax.jit
+    def both(experts, slope, values):
+        out, pull = jax.vjp(lambda v: function(v[0], v[1], experts, *v[2:]), values)
+        return out, pull(slope)[0]
+
+    return both
+
+
+@functools.cache
+def expected(name: str, R: int):
+    experts = routing(name, R, jax.random.key(R))
+    slope = jax.random.normal(jax.random.key(1), (R, D))
+    return experts, slope, oracle()(experts, slope, arrays(R))
+
+
+@functools.cache
+def oracle():
+    return with_gradients(moe.dense)
+
+
+def assert_equals_oracle(function, R: int, names=ROUTINGS) -> None:
+    run = with_gradients(function)
+    for name in names:
+        experts, slope, want = expected(name, R)
+        got = run(experts, slope, arrays(R))
+        for part, a, b in zip(
+            ("out", "d_x", "d_weights", "d_gate_proj", "d_up_proj", "d_down_proj"),
+            (got[0], *got[1]),
+            (want[0], *want[1]),
+            strict=True,
+        ):
+            scale = max(1.0, float(jnp.max(jnp.abs(b))))
+            error = float(jnp.max(jnp.abs(a - b))) / scale
+            assert error <= 1e-5, f"{name}: {part} differs by {error:.1e} of its largest value"
+
+
+def test_oracle_equals_transformers():
+    """`Qwen3MoeExperts` in float32, values and torch's gradients."""
+    R = 11
+    config = Qwen3MoeConfig(
+        hidden_size=D, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=C, hidden_act="silu"
+    )
+    config._experts_implementation = "eager"
+    theirs = Qwen3MoeExperts(config)
+    x, weights, gate, up, down = (np.asarray(a) for a in arrays(R))
+    experts, slope, (out, gradients) = expected("random", R)
+    with torch.no_grad():
+        theirs.gate_up_proj.copy_(torch.tensor(np.concatenate([gate, up], axis=1)))
+        theirs.down_proj.copy_(torch.tensor(down))
+    torch_x, torch_weights = (torch.tensor(a, requires_grad=True) for a in (x, weights))
+    torch_out = theirs(torch_x, torch.tensor(np.asarray(experts), dtype=torch.int64), torch_weights)
+    torch_out.backward(torch.tensor(np.asarray(slope)))
+    gate_up = np.asarray(theirs.gate_up_proj.grad)
+    chex.assert_trees_all_close(
+        [np.asarray(a) for a in (out, *gradients)],
+        [
+            torch_out.detach().numpy(),
+            np.asarray(torch_x.grad),
+            np.asarray(torch_weights.grad),
+            gate_up[:, :F],
+            gate_up[:, F:],
+            np.asarray(theirs.down_proj.grad),
+        ],
+        rtol=1e-5,
+        atol=2e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(moe.every, id="every"),
+        pytest.param(moe.grouped, id="grouped"),
+        pytest.param(functools.partial(moe.grouped, align=4), id="grouped, aligned"),
+        pytest.param(functools.partial(moe.grouped, expected=4), id="grouped, many rounds"),
+        pytest.param(functools.partial(moe.grouped, expected=4, align=4), id="grouped, aligned, many rounds"),
+    ],
+)
+@pytest.mark.parametrize("R", [1, 13])
+def test_one_device(function, R):
+    assert_equals_oracle(function, R)
+
+
+@pytest.mark.parametrize("expected_routes", [None, 8])
+def test_tpu_kernel(expected_routes):
+    """The Pallas kernel, interpreted, in tiles of 8 rows."""
+    kernel = functools.partial(moe_tpu.swiglu, 8, 4, True)
+    assert_equals_oracle(functools.partial(moe.grouped, swiglu=kernel, align=8, expected=expected_routes), 13)
+
+
+def test_tpu_kernel_splits_a_wide_expert(monkeypatch):
+    """An expert too wide for the chip's memory is read in slices of 128 lanes."""
+    monkeypatch.setattr(moe_tpu, "WEIGHTS_VMEM_BYTES", 128 * 6 * D * 4)
+    key = jax.random.key(0)
+    wide = (2, 384, D), (2, 384, D), (2, D, 384)
+    rows = jax.random.normal(key, (24, D))
+    stacks = [0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(wide)]
+    sizes = jnp.array([16, 8], jnp.int32)
+    got = moe_tpu.swiglu(8, 3, True, rows, sizes, *stacks)
+    chex.assert_trees_all_close(got, moe.ragged_swiglu(rows, sizes, *stacks), rtol=1e-5, atol=1e-5)
+
+
+def test_undefined_rows_do_not_leak():
+    """Rows that no group holds may come back as anything, NaN included."""
+
+    def hostile(rows, sizes, *stacks):
+        out = moe.ragged_swiglu(rows, sizes, *stacks)
+        return jnp.where(jnp.arange(rows.shape[0])[:, None] < jnp.sum(sizes), out, jnp.nan)
+
+    experts, _, (want, _) = expected("some are none", 13)
+    x, weights, *stacks = arrays(13)
+    got = moe.grouped(x, weights, experts, *stacks, swiglu=hostile)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_rounds_like_the_oracle():
+    x, weights, *stacks = arrays(32, jnp.bfloat16)
+    experts = routing("random", 32, jax.random.key(3))
+    exact = moe.dense(*(a.astype(jnp.float32) for a in (x, weights)), experts, *(a.astype(jnp.float32) for a in stacks))
+    scale = jnp.max(jnp.abs(exact))
+    for function in (moe.dense, moe.every, moe.grouped):
+        got = function(x, weights, experts, *stacks)
+        chex.assert_type(got, jnp.bfloat16)
+        assert float(jnp.max(jnp.abs(got.astype(jnp.float32) - exact)) / scale) < 0.02
+
+
+# On a mesh: sizes of data, fsdp, expert, model.
+ON_MESHES = [
+    pytest.param(sizes, algorithm, id=f"{algorithm} {sizes}", marks=() if quick else pytest.mark.slow)
+    for algorithm, quickly in {
+        "replicated": [(2, 1, 2, 2), (1, 1, 1, 8)],
+        "gather": [(2, 1, 2, 2), (1, 1, 8, 1)],
+        "all_to_all": [(2, 1, 2, 2), (1, 1, 8, 1), (1, 1, 4, 2)],
+        "ragged_all_to_all": [(1, 1, 4, 2)],
+    }.items()
+    for sizes in [(1, 1, 8, 1), (1, 1, 4, 2), (2, 1, 2, 2), (1, 2, 2, 2), (1, 1, 1, 8), (2, 2, 2, 1)]
+    for quick in [sizes in quickly]
+]
+
+
+def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`lax.ragged_all_to_all` from its documentation, for a backend that lacks it: peer i's slice goes to row
+    output_offsets[i] of peer i's output."""
+    me = lax.axis_index(axis_name)
+    operands, starts, sizes, targets = (
+        lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    row = jnp.arange(output.shape[0])
+    for peer in range(operands.shape[0]):
+        start, size, target = starts[peer, me], sizes[peer, me], targets[peer, me]
+        inside = (row >= target) & (row < target + size)
+        source = operands[peer][jnp.clip(row - target + start, 0, operand.shape[0] - 1)]
+        output = jnp.where(inside[:, None], source, output)
+    return output
+
+
+@pytest.mark.parametrize(("sizes", "algorithm"), ON_MESHES)
+def test_mesh(sizes, algorithm, monkeypatch):
+    monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "expert", "model"), sizes, strict=True)))
+    ops = ops_mesh.on_mesh(XLA, mesh, RULES["serve"], experts=algorithm)
+    assert_equals_oracle(ops.moe, 101)  # enough for the exchanges and the local blocks to need several rounds
+
+
+@pytest.mark.parametrize("algorithm", moe_parallel.ALGORITHMS[:3])
+def test_mesh_with_one_row(algorithm):
+    """Fewer rows than devices: the padding must choose no expert."""
+    ops = ops_mesh.on_mesh(XLA, make_mesh(expert=4, model=2), RULES["serve"], experts=algorithm)
+    assert_equals_oracle(ops.moe, 1, ("random", "all none"))
+
+
+def test_mesh_splits_the_length():
+    """One long prompt: the rows are split by the axes of `length`, those of the experts' own too."""
+    rules = {**RULES["serve"], "batch": ("data", "fsdp"), "length": ("expert", "model")}
+    for algorithm in moe_parallel.ALGORITHMS[:3]:
+        ops = ops_mesh.on_mesh(XLA, make_mesh(expert=4, model=2), rules, experts=algorithm)
+        assert_equals_oracle(ops.moe, 13, ("random", "one shard"))
+
+
+def test_experts_apart_from_rows():
+    """No axis splits both rows and experts, so everybody has the rows already."""
+    rules = {**RULES["serve"], "batch": ("data",)}
+    for algorithm in ("replicated", "gather"):
+        ops = ops_mesh.on_mesh(ORACLE, make_mesh(data=2, expert=2, model=2), rules, experts=algorithm)
+        assert_equals_oracle(ops.moe, 13, ("random",))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "choices", "platform", "name"),
+    [
+        ({"expert": 1, "model": 8}, 4096, 8, "tpu", "replicated"),  # nothing to collect
+        ({"expert": 4, "model": 4}, 16, 8, "tpu", "replicated"),  # decoding
+        ({"expert": 8, "model": 1}, 512, 8, "cpu", "gather"),  # 7 rows collected against 8 exchanged
+        ({"expert": 4, "model": 4}, 1024, 8, "cpu", "all_to_all"),  # 3 rows against 2
+        ({"expert": 4, "model": 4}, 1024, 8, "tpu", "ragged_all_to_all"),
+        ({"expert": 4, "model": 4}, 1024, 8, "cuda", "ragged_all_to_all"),
+        ({"expert": 16, "model": 1}, 256, 8, "tpu", "gather"),  # 4 links to cross on a ring of 16
+        ({"expert": 16, "model": 1}, 256, 8, "cuda", "ragged_all_to_all"),  # 1 through a switch
+    ],
+)
+def test_choice(shape, rows, choices, platform, name):
+    place = moe_parallel.island({"data": 1, "fsdp": 1, **shape}, RULES["serve"])
+    assert moe_parallel.choose(place, rows=rows, choices=choices, platform=platform) == name
+
+
+def test_unknown_algorithm():
+    ops = ops_mesh.on_mesh(XLA, make_mesh(expert=8), RULES["serve"], experts="magic")
+    x, weights, *stacks = arrays(8)
+    with pytest.raises(ValueError, match="'magic' is unknown: use replicated, gather"):
+        ops.moe(x, weights, routing("random", 8, jax.random.key(0)), *stacks)
