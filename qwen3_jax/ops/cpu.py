@@ -1,0 +1,311 @@
+"""The operations in the shapes that XLA's CPU backend runs fast.
+
+Same arithmetic as `plain.ORACLE`; what differs is which library kernel each product reaches and what is copied on the
+way. The facts behind it, seen in compiled HLO and timed on two cores (jaxlib 0.10.2):
+
+- A bfloat16 × bfloat16 → float32 product of two or more rows runs in the library's kernel (YNNPACK). One row does not:
+  it is widened to float32 first, weights included, at a tenth of the speed. So one row is padded to two.
+- Everything else in bfloat16 (slicing, updating, gathering) is widened to float32 around the operation, for the whole
+  operand, and the widened copy of a loop-invariant operand is hoisted out of the loop: a second model in memory. Where
+  a loop slices a weight, the weight is tied to the loop's state by an `optimization_barrier`, and its bits are sliced
+  as uint16.
+- A KV cache in bfloat16 would be rewritten whole by every one-slot update, for that reason; in float32 the update is in
+  place. Both attention products contract the minor axis, so that no step repacks the cache.
+- `lax.ragged_dot` is 20–40 times slower here than a loop over tiles of rows that share an expert.
+
+Axis letters: B batch, T query length, S cache slots, N query heads, K kv heads, G = N/K, H head_dim, D hidden, E experts,
+C experts per token, F expert width, R routed tokens, M rows of a tile.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen3_jax.ops import LayerCache, Ops
+
+_QUERY_BLOCK = 256
+_QUERY_GROUPS = 8
+_MASKED = -1e30  # finite, so that a row without any allowed key gives numbers, not NaN
+
+
+def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """Apply a linear layer as one product of matrices [rows, in] and [out, in]; see `Ops.einsum`."""
+    inputs, result = spec.split("->")
+    x_axes, w_axes = inputs.split(",")
+    contracted = sum(axis not in result for axis in w_axes)
+    kept, out_axes = len(x_axes) - contracted, len(w_axes) - contracted
+    if result != x_axes[:kept] + w_axes[:out_axes] or x_axes[kept:] != w_axes[out_axes:]:
+        raise ValueError(f"einsum {spec!r} is not a linear layer: the trailing axes of both inputs must be contracted")
+    fan_in = math.prod(w.shape[out_axes:])
+    y = _linear(x.reshape(-1, fan_in), w.reshape(-1, fan_in))
+    return y.astype(x.dtype if out_dtype is None else out_dtype).reshape(x.shape[:kept] + w.shape[:out_axes])
+
+
+def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply x [R, in] by w [out, in] into float32 [R, out]; x's dtype is the products', w is cast to it."""
+    if w.dtype != x.dtype:
+        x, w = lax.optimization_barrier((x, w))
+        w = w.astype(x.dtype)
+    rows = x.shape[0]
+    if rows == 1 and x.dtype == jnp.bfloat16:
+        x = lax.optimization_barrier(jnp.pad(x, ((0, 1), (0, 0))))
+    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)[:rows]
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+    """Attend causally within segments, block of queries by block, skipping the keys above the diagonal.
+
+    The queries fall into at most `_QUERY_GROUPS` groups, each of which reads a static prefix of the keys; a group longer
+    than `_QUERY_BLOCK` is mapped over in blocks, so that scores take [B, N, block, T] and never [B, N, T, T].
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    G = N // K
+    group = _QUERY_BLOCK * math.ceil(T / (_QUERY_BLOCK * _QUERY_GROUPS))
+    padding = -T % group if group > _QUERY_BLOCK else 0
+    queries = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3).reshape(B * K, G, T + padding, H)
+    keys = k.transpose(0, 2, 1, 3).reshape(B * K, T, H)
+    values = v.transpose(0, 2, 3, 1).reshape(B * K, H, T)
+    segments = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
+
+    def block(first: jax.Array | int, rows: int, seen: int) -> jax.Array:
+        at = first + jnp.arange(rows)
+        allowed = (jnp.arange(seen)[None, :] <= at[:, None])[None]
+        if segments is not None:
+            own = lax.dynamic_slice_in_dim(segments, first, rows, axis=1)
+            allowed = allowed & (own[:, :, None] == segments[:, None, :seen])
+        some = lax.dynamic_slice_in_dim(queries, first, rows, axis=2)
+        scores = _batched(some.reshape(B * K, G * rows, H), keys[:, :seen]) * jnp.float32(scale)
+        scores = jnp.where(allowed[:, None, None], scores.reshape(B, K, G, rows, seen), _MASKED)
+        p = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        return _batched(p.reshape(B * K, G * rows, seen), values[:, :, :seen]).astype(q.dtype)
+
+    outs = []
+    for start in range(0, T, group):
+        seen = min(start + group, T)
+        if group == _QUERY_BLOCK:
+            outs.append(block(start, seen - start, seen).reshape(B, K, G, seen - start, H))
+            continue
+        starts = start + jnp.arange(0, group, _QUERY_BLOCK)
+        step = jax.checkpoint(lambda first, seen=seen: block(first, _QUERY_BLOCK, seen))
+        out = lax.map(step, starts).reshape(-1, B, K, G, _QUERY_BLOCK, H)
+        outs.append(jnp.moveaxis(out, 0, 3).reshape(B, K, G, group, H))
+    return jnp.concatenate(outs, axis=3)[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _batched(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply a [batch, rows, in] by b [batch, out, in] into float32 [batch, rows, out]."""
+    rows = a.shape[1]
+    if rows == 1 and a.dtype == jnp.bfloat16:
+        a = lax.optimization_barrier(jnp.pad(a, ((0, 0), (0, 1), (0, 0))))
+    return lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)[:, :rows]
+
+
+def init_cache(batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
+    """Make an empty layer cache {k [B*K, S, H], v [B*K, H, S]}, in float32 whatever the activations' dtype."""
+    del dtype  # a bfloat16 cache would be copied by every update, see above
+    heads = batch * kv_heads
+    return {
+        "k": jnp.zeros((heads, capacity, head_dim), jnp.float32),
+        "v": jnp.zeros((heads, head_dim, capacity), jnp.float32),
+    }
+
+
+def update_cache(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerCache:
+    """Write each row's new keys and values where that row stands, in place when the cache is donated."""
+    B, _, K, _ = k.shape
+    keys, values = cache["k"], cache["v"]
+    new_keys = k.astype(jnp.float32).transpose(0, 2, 1, 3)
+    new_values = v.astype(jnp.float32).transpose(0, 2, 3, 1)
+    for row in range(B):
+        keys = lax.dynamic_update_slice(keys, new_keys[row], (row * K, start[row], 0))
+        values = lax.dynamic_update_slice(values, new_values[row], (row * K, 0, start[row]))
+    return {"k": keys, "v": values}
+
+
+def attend_cache(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+    """Attend to slots 0..position in float32; see `Ops.attend_cache`."""
+    B, T, N, H = q.shape
+    keys, values = cache["k"], cache["v"]
+    K, S = keys.shape[0] // B, keys.shape[1]
+    G = N // K
+    queries = q.astype(jnp.float32).transpose(0, 2, 1, 3).reshape(B * K, G * T, H)
+    product = _by_row if G * T <= 2 else _batched
+    scores = product(queries, keys).reshape(B, K, G, T, S) * jnp.float32(scale)
+    allowed = jnp.arange(S)[None, None, :] <= positions[:, :, None]
+    p = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _MASKED), axis=-1)
+    out = product(p.reshape(B * K, G * T, S), values)
+    return out.reshape(B, N, T, H).transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+def _by_row(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`_batched` as one matrix-vector product per row: a few rows are not worth repacking b for a matrix product."""
+    each = [
+        lax.dot_general(b, a[:, row], (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+        for row in range(a.shape[1])
+    ]
+    return jnp.stack(each, axis=1)
+
+
+def moe(
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    gate_proj: jax.Array,
+    up_proj: jax.Array,
+    down_proj: jax.Array,
+    *,
+    expected: int | None = None,
+) -> jax.Array:
+    """Run the chosen experts tile by tile of rows that share an expert; see `Ops.moe`.
+
+    The routed rows are sorted by expert and walked in tiles of M rows. A tile's surplus rows belong to the next
+    experts, whose own tiles come later and overwrite them, so nothing is masked; and the loop ends after the tiles
+    that this routing needs, so decoding touches only the chosen experts' weights.
+    """
+    del expected  # the loop's trip count follows the routing
+    return _moe(x, weights, experts, gate_proj, up_proj, down_proj)
+
+
+@jax.custom_vjp
+def _moe(x, weights, experts, gate_proj, up_proj, down_proj):
+    stacks = (gate_proj, up_proj, down_proj)
+    tiles = _Tiles.of(experts, gate_proj.shape[0])
+
+    def step(t: jax.Array, out: jax.Array) -> jax.Array:
+        expert, first, _ = tiles.at(t)
+        y = _swiglu(tiles.rows(x, first), *(_pick(w, expert, t) for w in stacks))
+        return lax.dynamic_update_slice_in_dim(out, y, first, axis=0)
+
+    out = tiles.walk(step, jnp.zeros((tiles.slots, x.shape[1]), jnp.float32))
+    return _combine(weights, tiles.unsort(out)).astype(x.dtype)
+
+
+def _moe_forward(x, weights, experts, *stacks):
+    return _moe(x, weights, experts, *stacks), (x, weights, experts, stacks)
+
+
+def _moe_backward(saved, ct):
+    """Walk the same tiles again: each recomputes its expert and adds to that expert's gradient, in float32."""
+    x, weights, experts, stacks = saved
+    E, C = stacks[0].shape[0], experts.shape[1]
+    tiles = _Tiles.of(experts, E)
+    token_ct = ct.astype(jnp.float32)
+    wide_weights = weights.astype(jnp.float32).reshape(-1)
+
+    def step(t, state):
+        out, rows_ct, stacks_ct = state
+        expert, first, own = tiles.at(t)
+        route = lax.dynamic_slice_in_dim(tiles.order, first, tiles.height)
+        y, pull = jax.vjp(_swiglu, tiles.rows(x, first), *(_pick(w, expert, t) for w in stacks))
+        y_ct = jnp.where(own[:, None], token_ct[route // C] * wide_weights[route][:, None], 0)
+        tile_ct, *expert_ct = pull(y_ct)
+        out = lax.dynamic_update_slice_in_dim(out, y, first, axis=0)
+        rows_ct = lax.dynamic_update_slice_in_dim(rows_ct, tile_ct.astype(jnp.float32), first, axis=0)
+        return (
+            out,
+            rows_ct,
+            [s.at[expert].add(g.astype(jnp.float32)) for s, g in zip(stacks_ct, expert_ct, strict=True)],
+        )
+
+    zeros = jnp.zeros((tiles.slots, x.shape[1]), jnp.float32)
+    out, rows_ct, stacks_ct = tiles.walk(step, (zeros, zeros, [jnp.zeros(w.shape, jnp.float32) for w in stacks]))
+    _, pull = jax.vjp(lambda w: _combine(w, tiles.unsort(out)), weights)
+    (weights_ct,) = pull(token_ct)
+    x_ct = jnp.sum(tiles.unsort(rows_ct), axis=1)
+    stacks_ct = [g.astype(w.dtype) for g, w in zip(stacks_ct, stacks, strict=True)]
+    return x_ct.astype(x.dtype), weights_ct, None, *stacks_ct
+
+
+_moe.defvjp(_moe_forward, _moe_backward)
+
+
+def _combine(weights: jax.Array, each: jax.Array) -> jax.Array:
+    """Sum each [R, C, D] over C, weighted, in float32."""
+    return jnp.sum(each * weights.astype(jnp.float32)[..., None], axis=1)
+
+
+def _swiglu(x: jax.Array, gate_proj: jax.Array, up_proj: jax.Array, down_proj: jax.Array) -> jax.Array:
+    """Run one expert on x [M, D] into float32 [M, D]."""
+    gate, up = _linear(x, gate_proj).astype(x.dtype), _linear(x, up_proj).astype(x.dtype)
+    return _linear(jax.nn.silu(gate) * up, down_proj)
+
+
+def _pick(stack: jax.Array, expert: jax.Array, t: jax.Array) -> jax.Array:
+    """Slice one expert's matrix out of [E, out, in], inside a loop over t, without widening or copying the stack."""
+    stack, expert, _ = lax.optimization_barrier((stack, expert, t))
+    if stack.dtype != jnp.bfloat16:
+        return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
+    bits = lax.bitcast_convert_type(stack, jnp.uint16)
+    return lax.bitcast_convert_type(lax.dynamic_index_in_dim(bits, expert, keepdims=False), jnp.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """The routed rows in order of their expert, cut into tiles of `height` rows that share an expert."""
+
+    order: jax.Array  # [slots] the route, row * C + choice, at each place of the sorted order; surplus at the end
+    inverse: jax.Array  # [R, C] the place of each route
+    chosen: jax.Array  # [R, C] whether the route names an expert
+    starts: jax.Array  # [E] the place of each expert's first route
+    sizes: jax.Array  # [E]
+    ends: jax.Array  # [E] tiles of this and all earlier experts
+    height: int
+
+    @classmethod
+    def of(cls, experts: jax.Array, E: int) -> "_Tiles":
+        """Sort the routes [R, C]."""
+        routes = experts.size
+        height = _tile_rows(routes, E)
+        flat = jnp.minimum(experts.reshape(-1), E)
+        order = jnp.argsort(flat).astype(jnp.int32)
+        inverse = jnp.zeros(routes, jnp.int32).at[order].set(jnp.arange(routes, dtype=jnp.int32))
+        sizes = jnp.sum(flat[:, None] == jnp.arange(E, dtype=flat.dtype), axis=0, dtype=jnp.int32)
+        ends = jnp.cumsum((sizes + height - 1) // height)
+        order = jnp.pad(order, (0, height))
+        return cls(order, inverse.reshape(experts.shape), experts < E, jnp.cumsum(sizes) - sizes, sizes, ends, height)
+
+    @property
+    def slots(self) -> int:
+        return self.order.shape[0]
+
+    def at(self, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return tile t's expert, its first place, and which of its rows are that expert's [height]."""
+        expert = jnp.sum(t >= self.ends, dtype=jnp.int32)
+        before = self.ends[expert] - (self.sizes[expert] + self.height - 1) // self.height
+        skipped = (t - before) * self.height
+        return expert, self.starts[expert] + skipped, jnp.arange(self.height) < self.sizes[expert] - skipped
+
+    def rows(self, x: jax.Array, first: jax.Array) -> jax.Array:
+        """Gather the rows of x [R, D] that stand at places first..first+height-1."""
+        return x[lax.dynamic_slice_in_dim(self.order, first, self.height) // self.inverse.shape[1]]
+
+    def unsort(self, places: jax.Array) -> jax.Array:
+        """Bring [slots, D] back into [R, C, D]; a route without an expert is zero."""
+        return jnp.where(self.chosen[..., None], places[self.inverse], 0)
+
+    def walk(self, step: Callable[[jax.Array, Any], Any], state: Any) -> Any:
+        """Return the state after step(t, state) for every tile."""
+        return lax.fori_loop(0, self.ends[-1], step, state)
+
+
+def _tile_rows(routes: int, E: int) -> int:
+    """Return the tile height: about the mean rows per expert, as a power of two."""
+    mean = routes / E
+    return 1 if routes <= 16 else max(2, min(64, 2 ** math.ceil(math.log2(mean))))
+
+
+CPU = Ops(
+    einsum,
+    attend,
+    init_cache,
+    update_cache,
+    attend_cache,
+    moe,
+    {"k": "batch slots head_dim", "v": "batch head_dim slots"},
+)
