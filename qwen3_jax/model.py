@@ -148,7 +148,7 @@ class MoE(nnx.Module):
     """Send each token to its C best experts of E and sum their outputs, weighted; no capacity, no dropping."""
 
     def __init__(self, config: Qwen3Config, *, dtype: jnp.dtype, ops: Ops):
-        self.router = param((config.num_experts, config.hidden_size), "experts embed", dtype)
+        self.router = param((config.num_experts, config.hidden_size), "router embed", dtype)
         self.experts = Experts(config, dtype=dtype)
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
@@ -288,8 +288,9 @@ class Qwen3(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden [B, T, D] to vocabulary logits [B, T, V] in float32; give it only the positions you need."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        hidden = self.ops.constrain(hidden, "head_batch length hidden")
         logits = self.ops.einsum("BTD,VD->BTV", hidden, head[...], out_dtype=jnp.float32)
-        return self.ops.constrain(logits, "batch length vocab")
+        return self.ops.constrain(logits, "head_batch length vocab")
 
 
 def declare(

@@ -26,7 +26,9 @@ Rules = Mapping[str, tuple[str, ...]]
 RULES: dict[str, Rules] = {
     "serve": {
         "batch": ("data", "fsdp", "expert"),
-        "vocab": ("model",),
+        # The head is the largest weight that is read whole in every step: each chip reads its part for all rows.
+        "vocab": ("expert", "model"),
+        "head_batch": ("data", "fsdp"),
         "embed": (),
         "heads": ("model",),
         "kv_heads": ("model",),
@@ -35,6 +37,7 @@ RULES: dict[str, Rules] = {
         # Whole experts before slices of experts: half a 128-lane is wasted when 768 is cut into 192.
         "experts": ("expert", "model"),
         "expert_mlp": (),
+        "router": (),  # small, and every row needs all of it
         "slots": (),
         "length": (),
         "hidden": (),
@@ -42,6 +45,7 @@ RULES: dict[str, Rules] = {
     "train": {
         "batch": ("data", "fsdp", "expert"),
         "vocab": ("model",),
+        "head_batch": ("data", "fsdp", "expert"),
         "embed": ("fsdp",),
         "heads": ("model",),
         "kv_heads": ("model",),
@@ -49,6 +53,7 @@ RULES: dict[str, Rules] = {
         "mlp": ("model",),
         "experts": ("expert", "model"),
         "expert_mlp": (),
+        "router": (),  # small, and every row needs all of it
         "slots": (),
         "length": (),
         "hidden": (),
@@ -118,12 +123,12 @@ def replicas_of_kv_heads(config: Qwen3Config, mesh: Mesh | AbstractMesh) -> int:
 
 def check(config: Qwen3Config, mesh: Mesh | AbstractMesh, rules: Rules) -> list[str]:
     """Return one line for each axis of the model that the mesh does not divide, with the sizes that would."""
-    model, experts = mesh.shape["model"], math.prod(mesh.shape[a] for a in rules["experts"])
+    model = mesh.shape["model"]
     kv_heads = config.num_key_value_heads * replicas_of_kv_heads(config, mesh)
     divisions = [
         ("num_attention_heads", config.num_attention_heads, model, "model"),
         ("num_key_value_heads", kv_heads, model, "model"),
-        ("vocab_size", config.vocab_size, model, "model"),
+        ("vocab_size", config.vocab_size, *_ways(mesh, rules["vocab"])),
         (
             "hidden_size",
             config.hidden_size,
@@ -132,7 +137,7 @@ def check(config: Qwen3Config, mesh: Mesh | AbstractMesh, rules: Rules) -> list[
         ),
     ]
     if config.num_experts:
-        divisions.append(("num_experts", config.num_experts, experts, " × ".join(rules["experts"])))
+        divisions.append(("num_experts", config.num_experts, *_ways(mesh, rules["experts"])))
     if not all(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
         divisions.append(("intermediate_size", config.intermediate_size, model, "model"))
     return [
@@ -140,6 +145,10 @@ def check(config: Qwen3Config, mesh: Mesh | AbstractMesh, rules: Rules) -> list[
         for key, size, ways, axes in divisions
         if size % ways
     ]
+
+
+def _ways(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> tuple[int, str]:
+    return math.prod(mesh.shape[axis] for axis in axes), " × ".join(axes)
 
 
 def _nearest(size: int, ways: int) -> str:

@@ -2,7 +2,7 @@
 
 `on_mesh(ops, mesh, rules)` wraps a formulation. Linear layers stay as they are and get layout constraints: the compiler
 partitions them well. Attention and the cache run under `jax.shard_map`, each device on its own rows and heads, because
-a kernel sees one device's arrays; so do the experts, because which device holds a row's expert is known only at run time.
+a kernel sees one device's arrays; so do the experts: which device holds a row's expert is known only at run time.
 """
 
 from collections.abc import Callable
