@@ -553,18 +553,28 @@ def test_loop_of_symlinks_is_refused(dense: Path):
     assert problem.startswith(f"{WEIGHTS}: cannot be")
 
 
-def test_symlinked_folder_and_hub_cache_are_accepted(dense: Path, tmp_path: Path):
+def test_symlinked_folder_is_accepted(dense: Path, tmp_path: Path):
     (tmp_path / "link").symlink_to(dense)
     checkpoint.load(tmp_path / "link", progress=False)
 
-    snapshot = tmp_path / "models--Qwen--tiny" / "snapshots" / "abc"
-    blobs = tmp_path / "models--Qwen--tiny" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for i, name in enumerate(("config.json", WEIGHTS)):
-        shutil.copy(dense / name, blobs / str(i))
-        (snapshot / name).symlink_to(Path("../../blobs") / str(i))
+
+def test_cache_of_the_hub_is_accepted(dense: Path, tmp_path: Path):
+    """Both of its layouts: a link into the model's blobs, and from there into the blobs that all models share."""
+    repo = tmp_path / "models--Qwen--tiny"
+    snapshot = repo / "snapshots" / "abc"
+    for folder in (snapshot, repo / "blobs", tmp_path / "blobs" / "ff"):
+        folder.mkdir(parents=True)
+    shutil.copy(dense / "config.json", repo / "blobs" / "config")
+    shutil.copy(dense / WEIGHTS, tmp_path / "blobs" / "ff" / "weights")
+    (repo / "blobs" / "weights").symlink_to("../../blobs/ff/weights")
+    (snapshot / "config.json").symlink_to("../../blobs/config")
+    (snapshot / WEIGHTS).symlink_to("../../blobs/weights")
     checkpoint.load(snapshot, progress=False)
+
+    (repo / "blobs" / "weights").unlink()
+    (repo / "blobs" / "weights").symlink_to(dense / WEIGHTS)
+    (problem,) = problems_of(snapshot)
+    assert problem.startswith(f"{WEIGHTS}: points outside the folder")
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

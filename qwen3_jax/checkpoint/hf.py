@@ -49,7 +49,7 @@ MISSING_HEAD = (
 )
 QUANTISED = re.compile(r".*\.(weight_scale_inv|weight_scale|input_scale|qweight|qzeros|scales|g_idx|weight_packed)")
 
-# Weights in formats that are never opened: the first three execute code when they are.
+# Weights in formats that are never opened: the first four execute code when they are.
 FOREIGN = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.npz", "*.onnx")
 
 Params = dict[Any, Any]
@@ -182,7 +182,7 @@ class Checkpoint:
         self,
         prefix: str = "",
         *,
-        dtype: str | None = None,
+        dtype: Any = None,
         place: Place = on_default_device,
         progress: bool = False,
     ) -> Any:
@@ -257,7 +257,10 @@ def inspect(folder: Path | str, *, backbone: bool | None = False) -> Checkpoint:
     except OutsideError as error:
         problems.append(str(error))
 
-    files, index = _weight_files(folder, problems)
+    try:
+        files, index = _weight_files(folder, problems)
+    except OSError as error:
+        raise CheckpointError(folder, [*problems, f"cannot be listed: {error.strerror or error}"]) from None
     opened: dict[str, SafetensorsFile] = {}
     for name in files:
         try:
@@ -283,13 +286,17 @@ class OutsideError(ValueError):
 def require_inside(folder: Path, name: str) -> None:
     """Refuse a file that a symlink takes out of its folder. Raises OutsideError.
 
-    The cache of huggingface_hub is the exception: snapshots/<revision>/<file> links to ../../blobs/<hash> there.
+    The cache of huggingface_hub is the exception: models--<id>/snapshots/<revision>/<file> links into
+    models--<id>/blobs there, and since version 2.4 from there into the blobs of the whole cache.
     """
     try:
         home, target = folder.resolve(), (folder / name).resolve()
     except (OSError, RuntimeError) as error:  # a loop of symlinks
         raise OutsideError(f"{clip(name)}: cannot be followed: {error}") from None
-    homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    homes = [home]
+    repo = home.parent.parent
+    if home.parent.name == "snapshots" and repo.name.startswith("models--"):
+        homes += [repo / "blobs", repo.parent / "blobs"]
     if not any(target.is_relative_to(place) for place in homes):
         raise OutsideError(f"{clip(name)}: points outside the folder, to {target}: put the file itself there")
 
