@@ -26,7 +26,7 @@ def enable(folder: str | Path | None = None) -> Path | None:
     chosen = folder if folder is not None else os.environ.get(VARIABLE)
     if chosen == "off":
         return None
-    current = jax.config.read("jax_compilation_cache_dir")
+    current: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is None and current is not None:
         return Path(current)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -42,6 +42,8 @@ def enable(folder: str | Path | None = None) -> Path | None:
         return None
     if str(path) != current:
         jax.config.update("jax_compilation_cache_dir", str(path))
+        # JAX keeps only what took a second to compile; a first prefill is made of many smaller programs.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         # JAX looks at the setting at its first compilation only; this makes it look again.
         from jax.experimental.compilation_cache import compilation_cache
 

@@ -183,7 +183,6 @@ class Generator:
             ValueError: a subclass that names the file and the problem, before anything large is read.
         """
         began = time.perf_counter()
-        compile_cache.enable(cache)
         folder = checkpoint.resolve(folder)
         found = open_folder(folder)
         dtype = dtype or ("bfloat16" if found.config.dtype == "bfloat16" else "float32")
@@ -195,6 +194,7 @@ class Generator:
             folder / "tokenizer_config.json"
         )
         template = ChatTemplate.from_folder(folder) if has_template else None
+        compile_cache.enable(cache)
         stored = None if param_dtype == "file" else param_dtype or dtype
         params = found.load(dtype=stored, progress=progress)
         return cls(
