@@ -307,13 +307,15 @@ def test_template_that_is_not_text(tmp_path):
         "{% include 'x' %}": "no loader",
         "{% for m in messages %}{{ m.missing + 'x' }}{% endfor %}": "has no attribute 'missing'",
         "{{ messages | tojson(indent=100) }}": "indent",
+        "{% autoescape true %}{% endautoescape %}": "autoescape",
+        "{{ 'a'|urlize }}": "No filter named 'urlize'",
+        "{{ ('{}'|safe).format('<') }}": "marked safe",
     }.items(),
 )
 def test_template_errors(source, reason):
     with pytest.raises(TemplateError, match=reason) as e:
         ChatTemplate(source).render([Q])
     assert "\n" not in str(e.value)
-    assert e.value.__cause__ is None
 
 
 # ---- the language: what is metered still means what it means in transformers
@@ -351,7 +353,7 @@ LANGUAGE = [
     "{{ messages[0].get('role') }}{{ messages[0].get('x', 'd') }}{{ messages[0].keys()|list }}",
     "{{ messages[0].values()|list }}",
     "{{ [3, 1, 2].index(1) }}{{ [1, 1].count(1) }}{{ dict(a=1, b=2) }}{{ dict([('k', 'v')]) }}{{ (1.0).is_integer() }}",
-    "{{ ' x '|trim }}{{ 'x'|upper }}{{ 'X'|lower }}{{ 'a b'|title }}{{ 'ab'|capitalize }}",
+    "{{ ' x '|trim }}{{ '-x-'|trim('-') }}{{ 'x'|upper }}{{ 'X'|lower }}{{ 'a b'|title }}{{ 'ab'|capitalize }}",
     "{{ '3'|int + 1 }}{{ '2.5'|float }}",
     "{{ messages|length }}{{ messages|count }}{{ [1, 2]|first }}{{ [1, 2]|last }}",
     "{{ [1, 2]|reverse|list }}{{ 'ab'|reverse }}",
@@ -366,7 +368,6 @@ LANGUAGE = [
     "{{ 'a&b'|forceescape }}{{ -3|abs }}",
     "{{ {'é': [1, 2.5, none, true, '<&>']}|tojson }}{{ {'b': 1, 'a': 2}|tojson(indent=2, sort_keys=true) }}",
     "{{ [1]|tojson(separators=(',', ':'), ensure_ascii=true) }}{{ 'é'|tojson(ensure_ascii=true) }}",
-    "{{ 'é/ü'|urlencode }}",
     "{{ 'a\nb'|indent(2) }}{{ 'a\nb'|indent('> ', first=true) }}{{ [1, 2]|string }}{{ [1, 3]|max }}{{ [1, 3]|min }}",
     "{{ {'a': 1}|items|list }}{{ messages[0]|attr('nothing') }}{{ 'aXb'|replace('X', '-') }}",
     "{{ 'aaa'|replace('a', 'b', 2) }}",
@@ -379,7 +380,8 @@ LANGUAGE = [
     "{{ '%(a(b))5s|%(12345)-3d' % {'a(b)': 1, '12345': 2} }}{{ '%+.3e %#x %c%r' % (1.5, 255, 'c', 'r') }}",
     "{{ strftime_now('20000 %%') }}{{ '%s' % messages[0] }}{{ '%s %s' % messages[0].items()|list if false }}",
     "{% raw %}{{ raw }}{% endraw %}{% block b %}B{{ messages[0].role }}{% endblock %}{{ self.b() }}",
-    "{% autoescape true %}{{ '<' }}{{ '<' ~ 'b' }}{% endautoescape %}{{ messages[0].content|tojson|safe }}",
+    "{{ messages[0].content|tojson|safe }}{{ ('<'|safe) ~ '<' }}{{ ('%s<'|safe) % '<' }}",
+    "{{ '<'|safe|replace('<', '>') }}",
 ]
 TURNS = [user("hé <x>"), assistant("b", extra={"n": [1, 2.5, None]}), user("c")]
 

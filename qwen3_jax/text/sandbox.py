@@ -29,11 +29,12 @@ from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
 
 # A unit is one turn, call or list element, or CHARS_PER_UNIT characters of text.
 CHARS_PER_UNIT = 16
-MAX_SOURCE = 131_072  # characters of a template; Qwen3's has 4,116
-MAX_BITS = 256  # of an integer that takes part in arithmetic
+MAX_SOURCE = 65_536  # characters of a template; Qwen3's has 4,116
+MAX_BITS = 256  # of an integer that takes part in arithmetic or is read from text
 
 METHODS = {
     str: "capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit "
@@ -48,12 +49,10 @@ METHODS = {
 FILTERS = (
     "abs attr capitalize count d default dictsort e escape first float forceescape format indent int items join last "
     "length list lower map max min reject rejectattr replace reverse safe select selectattr sort string title tojson "
-    "trim upper urlencode"
+    "trim upper"
 )
-# Filters and tests whose work does not grow with their arguments, beyond what making their result costs.
-SHALLOW_FILTERS = (
-    "attr count d default first items last length list map reject rejectattr reverse safe select selectattr"
-)
+# Filters and tests whose work does not grow with their arguments, beyond reading names and making their result.
+SHALLOW_FILTERS = "attr count d default first items last length map reject rejectattr reverse safe select selectattr"
 SHALLOW_TESTS = (
     "boolean callable defined divisibleby escaped even false filter float integer iterable mapping none number odd "
     "sameas sequence string test true undefined"
@@ -134,6 +133,8 @@ def _made(value: Any) -> Any:
         return _turns(value)
     else:
         meter.pay(1)
+        if isinstance(value, int) and value.bit_length() > 2 * MAX_BITS:
+            raise SecurityError(f"integers above {2 * MAX_BITS} bits are not allowed")
     return value
 
 
@@ -192,6 +193,9 @@ class _Instrument(NodeTransformer):
 
     visit_Dict = visit_Tuple = _hashed
 
+    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier) -> nodes.Node:
+        raise jinja2.TemplateSyntaxError("autoescape is for HTML and not supported in chat templates", node.lineno)
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return self._hook("concat_values", *node.nodes)
@@ -211,6 +215,13 @@ def _pay_text(characters: int) -> None:
     _current.get().pay(max(characters, 0) // CHARS_PER_UNIT)
 
 
+def _spread(value: Any) -> Any:
+    """Pay for reading a value, and for taking a text apart into many small ones."""
+    if isinstance(value, str):
+        _current.get().pay(len(value) // 2)
+    return _weigh(value)
+
+
 def _check_width(spec: str) -> None:
     if "*" in spec or re.search(r"\d{4}", spec):
         raise SecurityError(f"a width or precision above 999 in the format {spec[:40]!r} is not allowed")
@@ -218,8 +229,14 @@ def _check_width(spec: str) -> None:
 
 def _pay_percent(template: str, values: Any) -> None:
     """Price `template % values`: each field may print all of the values."""
-    at, fields = template.find("%"), 0
+    meter = _current.get()
+    before = meter.left
+    meter.weigh(values)
+    field = 1 + before - meter.left
+    _spread(template)
+    at = template.find("%")
     while at >= 0:
+        meter.pay(field)
         at += 1
         if template[at : at + 1] == "(":  # the name of a value, in balanced parentheses
             depth = 0
@@ -228,31 +245,29 @@ def _pay_percent(template: str, values: Any) -> None:
                 at += 1
                 if not depth:
                     break
-        spec = re.compile(r"[-#0 +\d.*hlL]*").match(template, at)
-        assert spec is not None  # it matches nothing, too
-        _check_width(spec[0])
-        fields += 1
-        at = template.find("%", spec.end() + 1)
-    meter = _current.get()
-    before = meter.left
-    meter.weigh(values)
-    meter.pay(fields * (before - meter.left + 1))
+        end = at
+        while template[end : end + 1] and template[end] in "-#0 +123456789.*hlL":
+            end += 1
+        _check_width(template[at:end])
+        at = template.find("%", end + 1)
 
 
-def _pay_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Price a string method; return its arguments, iterators read into lists."""
+def _pay_method(text: str, name: str, args: tuple[Any, ...]) -> None:
+    """Price a method of a string."""
     meter = _current.get()
-    meter.weigh(text)
+    meter.weigh((text, args))
+    first = args[0] if args else None
     if name == "replace" and len(args) >= 2:
         _pay_text(text.count(args[0]) * len(args[1]))
     elif name == "join" and args:
-        items = list(args[0])
-        meter.weigh(items)
-        _pay_text(len(items) * len(text))
-        return (items, *args[1:])
-    elif name in ("strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit") and args:
-        meter.pay(len(text) * len(args[0] or "") // 256)  # CPython compares every pair in the worst case
-    return args
+        _spread(first)
+        _pay_text(len(args[0]) * len(text))
+    elif name in ("split", "rsplit") and isinstance(first, str) and first:
+        meter.pay(text.count(first))
+    elif name in ("split", "rsplit", "splitlines"):
+        _spread(text)
+    if name in ("strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit") and isinstance(first, str):
+        meter.pay(len(text) * len(first) // 256)  # CPython compares every pair in the worst case
 
 
 def _pay_operator(op: str, left: Any, right: Any) -> None:
@@ -331,18 +346,38 @@ def _replace(eval_ctx: Any, s: Any, old: Any, new: Any, count: int | None = None
 
 @jinja2.pass_eval_context
 def _join(eval_ctx: Any, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
-    (items,) = _pay_method(str(d), "join", (value,))
+    items = list(_spread(value))
+    _pay_method(str(d), "join", (items,))
     return filters.sync_do_join(eval_ctx, items, d, attribute)
 
 
 def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    _pay_text((str(s).count("\n") + 1) * (width if isinstance(width, int) else len(width)))
+    lines = len(str(_spread(s)).splitlines()) + 1
+    _pay_text(lines * (width if isinstance(width, int) else len(width)))
     return filters.do_indent(s, width, first, blank)
 
 
 def _format(value: str, *args: Any, **kwargs: Any) -> str:
     _pay_percent(str(value), (args, kwargs))
     return filters.do_format(value, *args, **kwargs)
+
+
+def _list(value: Iterable[Any]) -> list[Any]:
+    return list(_spread(value))
+
+
+@jinja2.pass_environment
+def _sort(environment: Any, value: Iterable[Any], *args: Any, **kwargs: Any) -> list[Any]:
+    return filters.do_sort(environment, _spread(value), *args, **kwargs)
+
+
+def _title(s: str) -> str:
+    return filters.do_title(_spread(s))
+
+
+def _trim(value: str, chars: str | None = None) -> str:
+    _pay_method(str(value), "strip", (chars,))
+    return filters.do_trim(value, chars)
 
 
 class _Formatter(SandboxedFormatter):
@@ -353,9 +388,13 @@ class _Formatter(SandboxedFormatter):
         return _made(super().format_field(_weigh(value), format_spec))
 
 
-def _priced(function: Callable[..., Any], shallow: bool) -> Callable[..., Any]:
-    """Make a filter or test pay for its result, and for its arguments unless it only looks at their surface."""
-    read = (lambda value: value) if shallow else _weigh
+def _skim(value: Any) -> Any:
+    """Pay for a text, but not for a container."""
+    return _weigh(value) if isinstance(value, str) else value
+
+
+def _priced(function: Callable[..., Any], read: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Make a filter or test pay for its arguments and its result."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -388,13 +427,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             optimized=False,  # else constant expressions run while compiling
         )
         self.__dict__.update(HOOKS)
-        own = {"tojson": _tojson, "replace": _replace, "join": _join, "indent": _indent, "format": _format}
+        self.filters |= {"tojson": _tojson, "replace": _replace, "join": _join, "indent": _indent, "format": _format}
+        self.filters |= {"list": _list, "sort": _sort, "title": _title, "trim": _trim}
+        shallow = SHALLOW_FILTERS.split()
         self.filters = {
-            name: _priced(own.get(name, self.filters[name]), name in SHALLOW_FILTERS.split())
-            for name in FILTERS.split()
+            name: _priced(self.filters[name], _skim if name in shallow else _weigh) for name in FILTERS.split()
         }
-        shallow_tests = SHALLOW_TESTS.split()
-        self.tests = {name: _priced(test, name in shallow_tests) for name, test in self.tests.items()}
+        shallow = SHALLOW_TESTS.split()
+        self.tests = {name: test if name in shallow else _priced(test, _weigh) for name, test in self.tests.items()}
         self.globals |= {
             "range": _range,
             "dict": _dict,
@@ -430,13 +470,19 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(__obj, FunctionType) and __obj in HOOKS.values():
             return __obj(*args)
+        _tick(1 + len(args) + len(kwargs))
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
-            args = _pay_method(owner, __obj.__name__, args)
+            if __obj.__name__ == "join" and args and isinstance(args[0], Iterator):
+                args = (list(args[0]), *args[1:])
+            _pay_method(owner, __obj.__name__, args)
         elif isinstance(__obj, LoopContext):  # recursive loop: its new items take turns too
             args = tuple(map(_turns, args))
-        elif not isinstance(__obj, Macro) and __obj is not _Namespace:  # those two only pass their arguments on
-            for value in (owner, *args, *(v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars"))):
+        elif not isinstance(__obj, Macro):  # a macro only passes its arguments on, a namespace those with names
+            if isinstance(owner, list | tuple):
+                _weigh(owner)
+            named = () if __obj is _Namespace else (v for k, v in kwargs.items() if not k.startswith("_"))
+            for value in (*args, *named):  # jinja2's own _loop_vars and _block_vars are not arguments
                 _weigh(value)
         return _made(super().call(__context, __obj, *args, **kwargs))
 
@@ -446,10 +492,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         name = getattr(value, "__name__", None)
         if not isinstance(text, str) or name not in ("format", "format_map"):
             return None
+        if isinstance(text, Markup):
+            raise SecurityError("format of text marked safe is not supported")
 
         def run(*args: Any, **kwargs: Any) -> str:
             if name == "format_map":
                 (kwargs,), args = args, ()
-            return type(text)(_Formatter(self).vformat(text, args, kwargs))
+            return _Formatter(self).vformat(_spread(text), args, kwargs)
 
         return run

@@ -17,7 +17,7 @@ from qwen3_jax.text.tokenizer import read_json, token_text
 
 # The work a render may do, in units of `sandbox.Meter`; Qwen3's own template needs about 15 per item of its input. A
 # hostile template ends at BASE_UNITS: 2.6 s of CPU and 140 MB for the worst of those in the tests (2-core VM).
-BASE_UNITS = 1_500_000
+BASE_UNITS = 1_000_000
 UNITS_PER_ITEM = 64  # more for every list element, dict entry and CHARS_PER_UNIT characters of the messages
 
 ROLES = ("system", "user", "assistant", "tool")
