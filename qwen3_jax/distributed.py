@@ -35,6 +35,7 @@ HEARTBEAT_S = 60  # JAX takes a process that is silent for so long for dead, and
 SHUTDOWN_S = 15  # a process that failed waits this long for the others before it goes
 MAX_LINE_BYTES = 1 << 20
 PROTOCOL = "qwen3_jax roll call 1"
+REMEDIES = {"config": "give all the same config.json", "options": "give all the same arguments"}
 
 T = TypeVar("T")
 
@@ -181,7 +182,7 @@ def differences(roster: list[dict[str, str]], *, ignore: tuple[str, ...] = ("hos
             holders.setdefault(row.get(key, "nothing"), []).append(f"{index} ({row['host']})")
         if len(holders) > 1:
             told = "; ".join(f"{value} on process {_listed(who)}" for value, who in holders.items())
-            problems.append(f"{key} differs: {told}: install the same everywhere")
+            problems.append(f"{key} differs: {told}: {REMEDIES.get(key, 'install the same everywhere')}")
     return problems
 
 
@@ -280,6 +281,7 @@ def _call(cluster: Cluster, mine: dict[str, str], timeout_s: float) -> Attendanc
     def fail(reason: str) -> ClusterError:
         for line in lines.values():
             line.send({"error": reason})
+            line.close()
         return ClusterError(reason)
 
     threading.Thread(target=accept, daemon=True).start()
@@ -303,12 +305,12 @@ def _call(cluster: Cluster, mine: dict[str, str], timeout_s: float) -> Attendanc
                     f"process {index} ({row['host']}) was started as one of {count} processes, "
                     f"process 0 ({mine['host']}) as one of {cluster.num_processes}: give all the same number"
                 )
-                line.send({"error": reason})
+                lines[-1] = line
                 raise fail(reason)
             if index in rows:
                 hosts = f"{rows[index]['host']} and {row['host']}"
                 reason = f"process id {index} is taken twice, on {hosts}: number them 0..{cluster.num_processes - 1}"
-                line.send({"error": reason})
+                lines[-1] = line
                 raise fail(reason)
             rows[index], lines[index] = row, line
     finally:
@@ -360,12 +362,14 @@ def _answer(cluster: Cluster, mine: dict[str, str], timeout_s: float) -> Attenda
             # Process 0 may have come late; its own clock ends the wait for the others.
             message = line.receive(timeout_s + 5)
         except TimeoutError:
+            line.close()
             raise silent from None
         if message is None:  # a listener that has just closed, or is another program
             line.close()
             time.sleep(min(0.2, left))
             continue
         if "error" in message:
+            line.close()
             raise ClusterError(message["error"])
         return Attendance(message["roster"], {0: line})
 
