@@ -25,7 +25,17 @@ from qwen3_jax import ops as formulations
 from qwen3_jax.checkpoint import inspect
 from qwen3_jax.ops import Ops
 from qwen3_jax.parity import page
-from qwen3_jax.parity.report import TOLERANCES, Logits, Measure, ParityError, Report, Tolerances, difference, show
+from qwen3_jax.parity.report import (
+    TOLERANCES,
+    Logits,
+    Measure,
+    ParityError,
+    Report,
+    Tolerances,
+    difference,
+    rows_of,
+    show,
+)
 from qwen3_jax.parity.subject import Subject
 
 Dtype = Literal["float32", "bfloat16"]
@@ -224,6 +234,7 @@ class _Comparison:
 
     def __init__(self, tolerances: Tolerances, kept: np.ndarray, experts_per_token: int):
         self.tolerances, self.kept, self.experts_per_token = tolerances, kept, experts_per_token
+        self.strayed = np.zeros_like(kept)  # tokens that met other experts somewhere in our own stream
         self.measures: list[Measure] = []
 
     def compare(
@@ -252,6 +263,8 @@ class _Comparison:
             if place == "mlp.router_experts":
                 differing = ~_same_set(isolated, reference) & self.kept
                 ties = differing & self._near_tie(theirs["mlp.router_logits"])
+                elsewhere = ~_same_set(accumulated, reference) & self.kept
+                self.strayed = self.strayed | elsewhere
                 count = self.kept.sum()
                 self.measures.append(
                     Measure(
@@ -260,7 +273,7 @@ class _Comparison:
                         bool((ties == differing).all()),
                         differing=float(differing.sum() / count),
                         ties=float(ties.sum() / count),
-                        accumulated_differing=float((~_same_set(accumulated, reference) & self.kept).sum() / count),
+                        accumulated_differing=float(elsewhere.sum() / count),
                     )
                 )
             elif place == "mlp.router_weights":
@@ -298,21 +311,26 @@ class _Comparison:
             for x in (reference_hidden, hidden)
         )
         alone, overall = (difference(x, reference) for x in (isolated, accumulated))
+        strayed = self.strayed[self.kept]
+        judged = difference(accumulated[~strayed], reference[~strayed])
         bound = self.tolerances.isolated
         self.measures.append(Measure("logits", bound, alone.relative <= bound, alone, overall))
-        p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, accumulated))
-        kl = np.maximum(np.sum(np.exp(p) * (p - q), axis=-1), 0.0)  # below 0 by rounding only
+        kl = np.concatenate([_kl(*rows) for rows in rows_of(reference, accumulated)])
         return Logits(
             difference=overall,
+            judged=judged,
+            strayed=float(strayed.mean()),
             kl_mean=float(kl.mean()),
             kl_max=float(kl.max()),
             top1_agreement=float((reference.argmax(-1) == accumulated.argmax(-1)).mean()),
             tolerance=self.tolerances.logits,
-            ok=overall.relative <= self.tolerances.logits,
+            ok=judged.relative <= self.tolerances.logits,
         )
 
 
 def _same_set(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    if a.shape != b.shape:
+        return np.zeros(b.shape[:-1], bool)
     return (np.sort(a, axis=-1) == np.sort(b, axis=-1)).all(axis=-1)
 
 
@@ -323,9 +341,12 @@ def _by_expert(weights: np.ndarray, experts: np.ndarray, count: int) -> np.ndarr
     return out
 
 
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    shifted = x - x.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+def _kl(theirs: np.ndarray, ours: np.ndarray) -> np.ndarray:
+    """Return KL(theirs || ours) [n] in nats of logits [n, V]; infinite if they are not finite."""
+    with np.errstate(invalid="ignore"):
+        p, q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (theirs, ours))
+        kl = np.sum(np.exp(p) * (p - q), axis=-1)
+    return np.maximum(np.where(np.isfinite(kl), kl, np.inf), 0.0)  # below 0 by rounding only
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def render(report: Report) -> str:
         sections.append(_experts(layers))
     sections += [
         "<h2>Every place</h2>",
-        f'<p class="faint">Isolated differences; out of tolerance ({bound:.0e}) in bold red.</p>',
+        f'<p class="faint">Isolated differences; out of tolerance ({bound:.1g}) in bold red.</p>',
         _table(report),
         f'<p class="faint">Why these tolerances: {escape(report.tolerances.reason)}.</p>',
         '<p class="faint">'
@@ -152,9 +152,10 @@ def _plot(series: list[Series], bound: float | None) -> str:
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">layer</text>')
     if bound:
         parts.append(f'<line class="bound" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(bound):.1f}" y2="{y(bound):.1f}"/>')
+        beside = y(bound) - 5 if y(bound) > TOP + 12 else y(bound) + 14
         parts.append(
-            f'<text class="bound-label" x="{WIDTH - RIGHT}" y="{y(bound) - 5:.1f}" text-anchor="end">'
-            f"tolerance {bound:.0e}</text>"
+            f'<text class="bound-label" x="{WIDTH - RIGHT}" y="{beside:.1f}" text-anchor="end">'
+            f"tolerance {bound:.1g}</text>"
         )
     for k, s in enumerate(series):
         points = [(i, v, good) for i, (v, good) in enumerate(zip(s.values, s.ok, strict=True)) if v is not None]
@@ -197,9 +198,7 @@ def _table(report: Report) -> str:
     body = ""
     for i, layer in enumerate(report.layers):
         body += f"<tr><td>{i}</td>" + "".join(_cell(layer.get(place)) for place in places) + "</tr>"
-    for measure in report.measures:
-        if not measure.place.startswith("layers."):
-            body += f"<tr><td>{escape(measure.place)}</td>{_cell(measure)}</tr>"
+    body += "".join(f"<tr><td>{escape(m.place)}</td>{_cell(m)}</tr>" for m in report.outside_layers)
     return f'<div class="wide"><table><tr><th>layer</th>{head}</tr>{body}</table></div>'
 
 

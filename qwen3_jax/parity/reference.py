@@ -42,8 +42,17 @@ class Reference:
         self.prefix = "Qwen3Moe" if moe else "Qwen3"
         index = folder / "model.safetensors.index.json"
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
-        self._files = [safe_open(folder / name, framework="pt") for name in shards or ["model.safetensors"]]
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        self._where = {
+            name: shard for shard in shards or ["model.safetensors"] for name in list(self._shard(shard).keys())
+        }
+
+    def _shard(self, shard: str) -> Any:
+        """Return an open file of the folder; `layer` closes them all, which takes their pages out of memory."""
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / shard, framework="pt")
+        return self._open[shard]
 
     def _name(self, name: str) -> str:
         """Return the file's name for a tensor; a backbone saved by itself has no `model.`."""
@@ -51,11 +60,11 @@ class Reference:
 
     def _tensor(self, name: str) -> torch.Tensor:
         name = self._name(name)
-        return self._where[name].get_tensor(name).to(self.dtype)
+        return self._shard(self._where[name]).get_tensor(name).to(self.dtype)
 
     def _rows(self, name: str) -> Any:
         name = self._name(name)
-        return self._where[name].get_slice(name)
+        return self._shard(self._where[name]).get_slice(name)
 
     def _make(self, kind: str, *args: Any) -> Any:
         """Build one of transformers' modules without allocating its weights."""
@@ -106,6 +115,7 @@ class Reference:
             leading = self.stream.shape[:2]
             for name, x in zip(("logits", "weights", "experts"), seen.pop("mlp.router"), strict=True):
                 seen[f"mlp.router_{name}"] = x.reshape(*leading, -1)
+        self._open.clear()
         return {name: _numpy(x) for name, x in seen.items()}
 
     def _layer_state(self, layer: Any, i: int) -> Iterator[tuple[str, torch.Tensor]]:
