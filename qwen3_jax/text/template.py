@@ -15,8 +15,9 @@ import jinja2
 from qwen3_jax.text.sandbox import Meter, TemplateEnvironment, metered
 from qwen3_jax.text.tokenizer import read_json, token_text
 
-# The work a render may do, in units of `sandbox.Meter`; Qwen3's own template needs about 15 per item of its input. A
-# hostile template ends at BASE_UNITS: 2.6 s of CPU and 140 MB for the worst of those in the tests (2-core VM).
+# The work a render may do, in units of `sandbox.Meter`; Qwen3's own template needs about 15 per item of its input. The
+# worst hostile template in tests/test_text_sandbox.py ends after 1.8 s of CPU and 100 MB (2-core VM), after up to
+# 3 s for compiling the longest source that is accepted.
 BASE_UNITS = 1_000_000
 UNITS_PER_ITEM = 64  # more for every list element, dict entry and CHARS_PER_UNIT characters of the messages
 
