@@ -9,8 +9,8 @@ The rules, each with a test:
     MXU        matrix products and convolutions, 2 FLOPs per multiply-add, counting valid window positions only.
                Elementwise work is free.
     ICI        a ring per group of n chips with both directions in use (two links): all-reduce 2(n-1)/n of the array,
-               all-gather, reduce-scatter (n-1)/n; all-to-all travels n/4 hops; a permute, and any group of two, has
-               one link only. No latency.
+               all-gather, reduce-scatter (n-1)/n; all-to-all travels n/4 hops; a group of two has one link, and so
+               has a permute: two permutes in opposite directions run at once. No latency.
     control    loop bodies times their trip count; conditionals at their dearest branch.
     Pallas     kernels cost what their CostEstimate says; one without is billed for its operands and results and
                listed in `unpriced`.
@@ -142,11 +142,16 @@ class _Op:
     ici_bytes: float = 0.0
     ici_s: float = 0.0
     kind: str | None = None
+    forward: bool | None = None
+    """Of a permute: which way round it goes; None if both directions are in use."""
     waits_for: str | None = None
     starts_as: str | None = None
     """Set if the pipes work on after the instruction; the name under which it is waited for."""
     loop: tuple[list["_Op"], int] | None = None
     branches: list[list["_Op"]] | None = None
+
+
+PIPES = ("hbm", "mxu", "ici", "back")
 
 
 @dataclass
@@ -155,11 +160,13 @@ class _Clock:
     hbm: float = 0.0
     mxu: float = 0.0
     ici: float = 0.0
+    back: float = 0.0
+    """The links of the other direction: a permute uses one direction, all other collectives both."""
     done: dict[str, float] = field(default_factory=dict)
 
     @property
     def end(self) -> float:
-        return max(self.now, self.hbm, self.ici, self.mxu)
+        return max(self.now, self.hbm, self.mxu, self.ici, self.back)
 
 
 Origins = dict[str, tuple[int | None, ...]]
@@ -175,6 +182,7 @@ def walk(module: Module, chip: Chip, *, partitions: int) -> Cost:
     clock = _Clock()
     _run(ops, clock, chip)
     cost = walker.cost
+    cost.ici_s = walker.ici_s[None] + max(walker.ici_s[True], walker.ici_s[False])
     cost.hbm_s = cost.hbm_bytes / chip.hbm_bytes_s
     cost.schedule_s = clock.end
     return cost
@@ -192,7 +200,8 @@ def _run(ops: Sequence[_Op], clock: _Clock, chip: Chip) -> None:
                 steady = clock.now - before
             skipped = steady * max(trips - 2, 0)
             clock.now += skipped
-            clock.hbm, clock.mxu, clock.ici = clock.hbm + skipped, clock.mxu + skipped, clock.ici + skipped
+            for pipe in PIPES:
+                setattr(clock, pipe, getattr(clock, pipe) + skipped)
         elif op.branches is not None:
             outcomes = []
             for branch in op.branches:
@@ -200,19 +209,23 @@ def _run(ops: Sequence[_Op], clock: _Clock, chip: Chip) -> None:
                 _run(branch, outcome, chip)
                 outcomes.append(outcome)
             worst = max(outcomes, key=lambda c: c.now)
-            clock.now, clock.hbm, clock.mxu, clock.ici = worst.now, worst.hbm, worst.mxu, worst.ici
+            clock.now = worst.now
+            for pipe in PIPES:
+                setattr(clock, pipe, getattr(worst, pipe))
         else:
             if op.waits_for is not None:
                 clock.now = max(clock.now, clock.done.pop(op.waits_for, clock.now))
             ends = [clock.now]
-            for pipe, seconds in (
-                ("hbm", op.hbm_bytes / chip.hbm_bytes_s),
-                ("mxu", op.compute_s),
-                ("ici", op.ici_s),
+            links = {None: ("ici", "back"), True: ("ici",), False: ("back",)}[op.forward]
+            for pipes, seconds in (
+                (("hbm",), op.hbm_bytes / chip.hbm_bytes_s),
+                (("mxu",), op.compute_s),
+                (links, op.ici_s),
             ):
                 if seconds:
-                    end = max(clock.now, getattr(clock, pipe)) + seconds
-                    setattr(clock, pipe, end)
+                    end = max(clock.now, *(getattr(clock, pipe) for pipe in pipes)) + seconds
+                    for pipe in pipes:
+                        setattr(clock, pipe, end)
                     ends.append(end)
             if op.starts_as is not None:
                 clock.done[op.starts_as] = max(ends)
@@ -224,6 +237,8 @@ class _Walker:
     def __init__(self, module: Module, chip: Chip, partitions: int):
         self.module, self.chip, self.partitions = module, chip, partitions
         self.cost = Cost()
+        self.ici_s: dict[bool | None, float] = {None: 0.0, True: 0.0, False: 0.0}
+        """Seconds on the links, by direction."""
         self._reads: dict[tuple[str, int], int | None] = {}
         self._open: set[str] = set()
         """Channels of asynchronous collectives that have started and are not waited for yet."""
@@ -246,7 +261,7 @@ class _Walker:
             cost.hbm_bytes += op.hbm_bytes * times
             cost.ici_bytes += op.ici_bytes * times
             cost.compute_s += op.compute_s * times
-            cost.ici_s += op.ici_s * times
+            self.ici_s[op.forward] += op.ici_s * times
             if op.kind is not None:
                 entry = cost.collectives.setdefault(op.kind, Collectives())
                 entry.count += times
@@ -399,7 +414,7 @@ class _Walker:
                 sent = self._collective(body, inner, kind, False)
                 op.ici_bytes += sent.ici_bytes
                 op.ici_s += sent.ici_s
-                op.kind = kind
+                op.kind, op.forward = kind, sent.forward
 
     def _read(self, body: Computation, index: int) -> int | None:
         """Return how many bytes of its parameter a fusion reads, None for all."""
@@ -482,6 +497,7 @@ class _Walker:
             ici_bytes=sent,
             ici_s=ring / (links * self.chip.link_bytes_s) if ring else 0.0,
             kind=kind,
+            forward=_forward(instruction, self.partitions) if kind == "collective-permute" else None,
         )
 
     # Control flow
@@ -511,19 +527,19 @@ class _Walker:
             branches = [name.strip().removeprefix("%") for name in names.strip("{}").split(",")]
         else:
             branches = [instruction.called(f"{which}_computation") or "" for which in ("true", "false")]
-        total, priced = self.cost, []
+        total, ici_s, priced = self.cost, self.ici_s, []
         for number, name in enumerate(branches):
-            self.cost = Cost()
+            self.cost, self.ici_s = Cost(), dict.fromkeys(ici_s, 0.0)
             body = self.module.computations[name]
             operand = instruction.operands[number + 1] if number + 1 < len(instruction.operands) else ""
             inner = {body.parameters[0].name: origins.get(operand, (None,))} if body.parameters else {}
             ops = self.computation(body, inner, times=times)
             clock = _Clock()
             _run(ops, clock, self.chip)
-            priced.append((clock.end, ops, self.cost))
-        _, _, dearest = max(priced, key=lambda p: p[0])
-        self.cost = _sum(total, dearest)
-        return _Op(instruction, branches=[ops for _, ops, _ in priced])
+            priced.append((clock.end, ops, self.cost, self.ici_s))
+        _, _, dearest, links = max(priced, key=lambda p: p[0])
+        self.cost, self.ici_s = _sum(total, dearest), {way: ici_s[way] + links[way] for way in ici_s}
+        return _Op(instruction, branches=[ops for _, ops, _, _ in priced])
 
     # Where parameters and the cache go
 
@@ -747,8 +763,15 @@ def _constant(module: Module, computation: Computation, value: Instruction) -> i
     return None
 
 
+def _forward(instruction: Instruction, partitions: int) -> bool:
+    """Say whether a permute goes the shorter way round towards higher device numbers."""
+    pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs") or "")
+    ahead = sum(1 if (int(target) - int(source)) % partitions <= partitions // 2 else -1 for source, target in pairs)
+    return ahead >= 0
+
+
 def _sum(one: Cost, other: Cost) -> Cost:
-    for key in ("flops", "hbm_bytes", "ici_bytes", "compute_s", "ici_s"):
+    for key in ("flops", "hbm_bytes", "ici_bytes", "compute_s"):
         setattr(one, key, getattr(one, key) + getattr(other, key))
     for kind, counted in other.collectives.items():
         entry = one.collectives.setdefault(kind, Collectives())
