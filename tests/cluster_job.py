@@ -1,0 +1,94 @@
+"""One of several processes of tests/test_distributed.py: load, prefill, decode, write results once.
+
+`python -m tests.cluster_job order.json`, with QWEN3_* saying which process this is; the order is read by all.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwen3_jax import cache, distributed, model, placement, preflight
+from qwen3_jax.checkpoint import hf
+from qwen3_jax.ops.mesh import on_mesh
+from qwen3_jax.ops.plain import XLA
+from qwen3_jax.sharding import RULES
+
+STEPS = 4  # decoded tokens
+
+
+def logits_of(folder, text, tokens):
+    """Return logits [B, T + STEPS, V] of prefill and greedy decoding, what was read, and what was needed."""
+    read = []
+    convert = hf.convert
+    hf.convert = lambda out, values: (read.append(values.nbytes), convert(out, values))
+    mesh = preflight.mesh_of(preflight.Options(mesh=text))
+    config, params = placement.load_sharded(folder, mesh, RULES["serve"], dtype="float32", ops=XLA)
+    hf.convert = convert
+
+    ops = on_mesh(XLA, mesh, RULES["serve"])
+    graphdef, _ = model.declare(config, dtype=jnp.dtype("float32"), ops=ops)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    @partial(jax.jit, donate_argnums=1)
+    def step(params, layers, tokens, start):
+        if layers is None:
+            capacity = tokens.shape[1] + STEPS
+            layers = cache.init(config, batch=len(tokens), capacity=capacity, dtype=jnp.dtype("float32"), ops=ops)
+            fresh = True
+        else:
+            fresh = False
+        network = nnx.merge(graphdef, params)
+        positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        hidden, layers = network(tokens, positions=positions, cache=layers, fresh=fresh)
+        return jax.lax.with_sharding_constraint(network.logits(hidden), everywhere), layers
+
+    outs, layers, start = [], None, 0
+    for _ in range(1 + STEPS):
+        logits, layers = step(params, layers, tokens, np.int32(start))
+        outs.append(np.asarray(logits.addressable_data(0)))
+        start += tokens.shape[1]
+        tokens = outs[-1][:, -1:].argmax(-1).astype(np.int32)
+    needed = 0
+    for path, leaf in placement.dotted(params).items():
+        repeats = mesh.shape["model"] // 2 if path.endswith(placement.REPEATED) and mesh.shape["model"] > 2 else 1
+        shards = {
+            tuple((s.start or 0) // repeats if i == 0 else (s.start or 0) for i, s in enumerate(shard.index)): shard
+            for shard in leaf.addressable_shards
+        }
+        needed += sum(shard.data.nbytes for shard in shards.values())
+    return np.concatenate(outs, axis=1), sum(read), needed
+
+
+def main() -> None:
+    order = json.loads(Path(sys.argv[1]).read_text())
+    with distributed.session(distributed.detect(), timeout_s=60):
+        tokens = np.asarray(distributed.share(order["tokens"] if distributed.is_main() else None), np.int32)
+        for case in order["cases"]:
+            logits, read, needed = logits_of(case["folder"], case["mesh"], tokens)
+            mine = {"read": read, "needed": needed, "devices": jax.device_count(), "local": jax.local_device_count()}
+            Path(f"{case['out']}.process{jax.process_index()}.json").write_text(json.dumps(mine))
+
+            def write(case=case, logits=logits):
+                with open(f"{case['out']}.log", "a") as log:
+                    log.write(f"written by process {jax.process_index()}\n")
+                np.save(f"{case['out']}.npy", logits)
+
+            distributed.once(write)
+            assert Path(f"{case['out']}.npy").exists()  # on every process, as soon as `once` returns
+        try:
+            distributed.once(lambda: Path("/nonexistent/x").write_text(""))
+        except Exception as error:
+            Path(f"{order['cases'][0]['out']}.failure{jax.process_index()}").write_text(
+                f"{type(error).__name__}: {error}"
+            )
+
+
+if __name__ == "__main__":
+    main()
