@@ -100,17 +100,25 @@ def grouped(
     routing = (order, starts, ends, starts - first, starts + sizes)
     arrays = (x, weights, gate_proj, up_proj, down_proj)
     most = round_up(R * C + min(E, R * C) * (align - 1), align)
-    block = most if expected is None else min(most, round_up(expected * 5 // 4 + E * align // 2, align))
-    multiply = partial(_one_block, swiglu, block, C)
-    if block == most:
-        return multiply(jnp.int32(0), routing, arrays)
-    return sum_of_rounds(multiply, lax.div(ends[-1] + (block - 1), jnp.int32(block)), routing, arrays)
+    block = most if expected is None else round_up(expected * 5 // 4 + E * align // 2, align)
+    if 2 * block > most:
+        out = _one_block(swiglu, most, C, jnp.zeros(x.shape, jnp.float32), jnp.int32(0), routing, arrays)
+    else:
+        rounds = lax.div(ends[-1] + (block - 1), jnp.int32(block))
+        out = sum_of_rounds(partial(_one_block, swiglu, block, C), rounds, routing, arrays, like=x)
+    return out.astype(x.dtype)
 
 
 def _one_block(
-    swiglu: Swiglu, block: int, C: int, k: jax.Array, routing: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]
+    swiglu: Swiglu,
+    block: int,
+    C: int,
+    total: jax.Array,
+    k: jax.Array,
+    routing: tuple[jax.Array, ...],
+    arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Return what the k-th block of slots adds to the result [R, D]."""
+    """Return the total [R, D], in float32, with what the k-th block of slots adds to it."""
     order, starts, ends, shift, filled = routing
     x, weights, gate_proj, up_proj, down_proj = arrays
     slot = k * block + jnp.arange(block, dtype=jnp.int32)
@@ -123,7 +131,7 @@ def _one_block(
     # Undefined rows and padding must not reach the sum, not even as NaN times zero.
     each = jnp.where(real[:, None], each.astype(jnp.float32), 0)
     each = each * weights.reshape(-1)[route, None].astype(jnp.float32)
-    return jnp.zeros(x.shape, jnp.float32).at[token].add(each).astype(x.dtype)
+    return total.at[token].add(each)
 
 
 def ragged_swiglu(
@@ -142,40 +150,45 @@ def _ragged_linear(rows: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array
     return out.astype(rows.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sum_of_rounds(f: Callable[[jax.Array, Any, Any], jax.Array], rounds: jax.Array, routing: Any, arrays: Any):
-    """Return the sum of f(k, routing, arrays) over k < rounds, where only the device knows the number of rounds.
+Step = Callable[[jax.Array, jax.Array, Any, Any], jax.Array]
+"""(total, k, routing, arrays) -> total + what round k adds; `routing` holds integers, `arrays` is differentiable."""
 
-    The first round stands outside the loop: it is nearly always the only one. The gradient is the same sum, with each
-    round recomputed, so that nothing grows with the number of rounds. `routing` holds integers and has no gradient.
+
+def sum_of_rounds(step: Step, rounds: jax.Array, routing: Any, arrays: Any, *, like: jax.Array) -> jax.Array:
+    """Return the sum over `rounds` rounds, whose number only the device knows, in float32 and of the shape of `like`.
+
+    The gradient is the same sum, each round recomputed, so that nothing grows with the number of rounds.
     """
-
-    def more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        k, total = carry
-        return k + 1, total + f(k, routing, arrays)
-
-    first = f(jnp.int32(0), routing, arrays)
-    return lax.while_loop(lambda carry: carry[0] < rounds, more, (jnp.int32(1), first))[1]
+    return _sum_of_rounds(step, rounds, routing, arrays, jnp.zeros(like.shape, jnp.float32))
 
 
-def _forward(f: Any, rounds: jax.Array, routing: Any, arrays: Any) -> tuple[jax.Array, Any]:
-    return sum_of_rounds(f, rounds, routing, arrays), (rounds, routing, arrays)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_rounds(step: Step, rounds: jax.Array, routing: Any, arrays: Any, zeros: jax.Array) -> jax.Array:
+    return _repeat(lambda k, total: step(total, k, routing, arrays), rounds, zeros)
 
 
-def _backward(f: Any, saved: Any, slope: jax.Array) -> tuple[None, None, Any]:
-    rounds, routing, arrays = saved
-
-    def pull(k: jax.Array) -> Any:
-        return jax.vjp(partial(f, k, routing), arrays)[1](slope)[0]
-
-    def more(carry: Any) -> Any:
-        k, total = carry
-        return k + 1, jax.tree.map(jnp.add, total, pull(k))
-
-    return None, None, lax.while_loop(lambda carry: carry[0] < rounds, more, (jnp.int32(1), pull(jnp.int32(0))))[1]
+def _forward(step: Step, rounds: jax.Array, routing: Any, arrays: Any, zeros: jax.Array) -> tuple[jax.Array, Any]:
+    return _sum_of_rounds(step, rounds, routing, arrays, zeros), (rounds, routing, arrays, zeros)
 
 
-sum_of_rounds.defvjp(_forward, _backward)
+def _backward(step: Step, saved: Any, slope: jax.Array) -> tuple[None, None, Any, jax.Array]:
+    rounds, routing, arrays, zeros = saved
+
+    def more(k: jax.Array, total: Any) -> Any:
+        pull = jax.vjp(lambda arrays: step(zeros, k, routing, arrays), arrays)[1]
+        return jax.tree.map(jnp.add, total, pull(slope)[0])
+
+    return None, None, _repeat(more, rounds, jax.tree.map(jnp.zeros_like, arrays)), slope
+
+
+_sum_of_rounds.defvjp(_forward, _backward)
+
+
+def _repeat(body: Callable[[jax.Array, Any], Any], rounds: jax.Array, start: Any) -> Any:
+    def more(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return carry[0] + 1, body(*carry)
+
+    return lax.while_loop(lambda carry: carry[0] < rounds, more, (jnp.int32(0), start))[1]
 
 
 def round_up(n: int, multiple: int) -> int:

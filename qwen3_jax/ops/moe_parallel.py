@@ -7,9 +7,9 @@ four algorithms, every one dropless for every routing:
     replicated         collect the shared axes' rows, run the local experts on all of them, sum over shared and other
                        axes in one reduction, keep the own rows
     gather             the same, but the sum over the shared axes is scattered: each device receives its own rows only
-    all_to_all         send each route's row to the device that holds its expert, and the product back, in blocks of a
-                       fixed size: as many exchanges as the fullest pair of devices needs
-    ragged_all_to_all  the same, sending only what each block holds; TPU and GPU only, XLA's CPU backend has no such
+    all_to_all         send each row, once, to every device that holds one of its experts, and the sum of these back,
+                       in blocks of a fixed size: as many exchanges as the fullest pair of devices needs
+    ragged_all_to_all  the same, sending only what a block holds; TPU and GPU only, XLA's CPU backend has no such
                        collective
 
 `choose` says which one runs. Axis letters: R rows of this device, C choices per row, E experts here, D hidden.
@@ -67,9 +67,10 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
     A group is the devices along the shared axes.
       - A group of one, or one that holds at most 128 rows together (decoding): "replicated". Everything is in reach or
         small, and a single reduction costs one latency.
-      - Otherwise what keeps the links busy for the shorter time. Each way, per row: collecting brings group - 1 rows
-        to every device; an exchange sends choices / others routes, each over max(1, group / 4) links of a ring.
-        Where the exchange is shorter: "ragged_all_to_all" on TPU and GPU, "all_to_all" on CPU; else "gather".
+      - Otherwise what keeps the links busy for the shorter time. Each way, per row of a device: collecting moves
+        group - 1 rows to every device; an exchange moves `needed` of group rows, over group / 4 links on average in a
+        TPU's rings, one through a GPU's switch. Where the exchange is shorter: "all_to_all", on GPU
+        "ragged_all_to_all"; else "gather".
 
     Args:
         place: the mesh.
@@ -81,9 +82,9 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
     if group == 1 or group * rows <= FEW_ROWS:
         return "replicated"
     hops = max(1.0, group / 4) if platform == "tpu" else 1.0
-    if hops * choices / place.ways(place.others) >= group - 1:
+    if hops * group * needed(place, choices) >= group - 1:
         return "gather"
-    return "all_to_all" if platform == "cpu" else "ragged_all_to_all"
+    return "ragged_all_to_all" if platform in ("gpu", "cuda") else "all_to_all"
 
 
 def run(
@@ -108,7 +109,8 @@ def run(
         x, weights, experts: this device's rows [R, D], [R, C], [R, C] int32 ids over the whole layer; an id beyond the
             layer's experts means none.
         gate_proj, up_proj, down_proj: this device's experts.
-        room: rows that one device sends to another in one exchange; by default a quarter more than the average.
+        room: rows that one device sends to another in one exchange; by default what a fair router needs (its mean
+            and three standard deviations).
 
     Returns:
         [R, D], complete on every device.
@@ -152,13 +154,21 @@ def _collected(
 def _gather(
     axes: tuple[str, ...], x: jax.Array, weights: jax.Array, experts: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Collect all rows and their routes in one transfer; an id travels as two digits that bfloat16 holds exactly."""
-    C = experts.shape[1]
-    digits = (lax.div(experts, jnp.int32(256)), lax.rem(experts, jnp.int32(256)))
-    packed = jnp.concatenate([x, *(a.astype(x.dtype) for a in (weights, *digits))], axis=1)
+    """Collect all rows and their routes in one transfer."""
+    packed = jnp.concatenate([x, _pack(weights, experts, x.dtype)], axis=1)
     packed = lax.all_gather(packed, axes, axis=0, tiled=True)
-    x, weights, high, low = jnp.split(packed, [x.shape[1], x.shape[1] + C, x.shape[1] + 2 * C], axis=1)
-    return x, weights, high.astype(jnp.int32) * 256 + low.astype(jnp.int32)
+    return packed[:, : x.shape[1]], *_unpack(packed[:, x.shape[1] :])
+
+
+def _pack(weights: jax.Array, experts: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Lay routes out as [R, 3C] of one dtype: the weights, and the ids as two digits that bfloat16 holds exactly."""
+    digits = lax.div(experts, jnp.int32(256)), lax.rem(experts, jnp.int32(256))
+    return jnp.concatenate([a.astype(dtype) for a in (weights, *digits)], axis=1)
+
+
+def _unpack(routes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    weights, high, low = jnp.split(routes, 3, axis=1)
+    return weights, high.astype(jnp.int32) * 256 + low.astype(jnp.int32)
 
 
 def _exchanged(
@@ -174,32 +184,34 @@ def _exchanged(
     """Exchange rows over the shared axes; each of the other axes' devices takes the routes of its own experts."""
     R, C = experts.shape
     E = stacks[0].shape[0]
-    group, others = place.ways(place.shared), place.ways(place.others)
-    if room is None:
-        room = round_up(-(-R * C * 5 // (4 * group * others)), 8)
-    room = min(room, R * C)
-    # Routes in the order (peer, its expert); those of other columns and of no expert come last, as peer = group.
-    flat = experts.reshape(-1)
-    peer, here = _peer(place, flat, E)
-    local = lax.rem(flat, jnp.int32(E))
-    key = jnp.where(here, peer * E + local, group * E)
-    order = jnp.argsort(key)
-    sent = jnp.sum(key[:, None] == jnp.arange(group * E), axis=0, dtype=jnp.int32).reshape(group, E)
+    group = place.ways(place.shared)
+    peer = _peer(place, experts, E)
+    wanted = jnp.any(peer == jnp.arange(group)[:, None, None], axis=2)
+    sent = jnp.sum(wanted, axis=1, dtype=jnp.int32)
     came = lax.all_to_all(sent, place.shared, split_axis=0, concat_axis=0, tiled=True)
-    routing = (order, sent, came)
-    step = partial(_one_exchange, algorithm, moe, place, room)
-    out = step(jnp.int32(0), routing, (x, weights, *stacks)) if room == R * C else None
-    if out is None:
-        # All devices must take part in every exchange, so all run as many as the fullest pair needs.
-        fullest = lax.pmax(jnp.max(jnp.sum(sent, axis=1)), tuple(dict(place.sizes)))
-        rounds = lax.div(fullest + (room - 1), jnp.int32(room))
-        out = sum_of_rounds(step, rounds, routing, (x, weights, *stacks))
+    if room is None:
+        mean = R * needed(place, C)
+        room = round_up(math.ceil(mean + 3 * math.sqrt(mean)), 8)
+    step = partial(_one_exchange, algorithm, moe, place, min(room, R))
+    routing = (jnp.argsort(~wanted, axis=1), peer, lax.rem(experts, jnp.int32(E)), sent, came)
+    arrays = (x, weights, *stacks)
+    if room >= R:
+        out = step(jnp.zeros(x.shape, jnp.float32), jnp.int32(0), routing, arrays)
+    else:
+        # All devices must take part in every exchange, so all run as many as the fullest pair of devices needs.
+        fullest = lax.pmax(jnp.max(sent), tuple(dict(place.sizes)))
+        out = sum_of_rounds(step, lax.div(fullest + (room - 1), jnp.int32(room)), routing, arrays, like=x)
     return lax.psum(out.astype(x.dtype), place.others)
 
 
-def _peer(place: Island, expert: jax.Array, E: int) -> tuple[jax.Array, jax.Array]:
-    """Return each expert's place along the shared axes, and whether it is in this device's column of them."""
-    device = lax.div(expert, jnp.int32(E))
+def needed(place: Island, choices: int) -> float:
+    """Return the fraction of all rows that one device's experts are expected to see, if every expert is as likely."""
+    return 1 - (1 - 1 / place.ways(place.experts)) ** choices
+
+
+def _peer(place: Island, experts: jax.Array, E: int) -> jax.Array:
+    """Return where along the shared axes each expert is, or -1 where it is in no device of this column of them."""
+    device = lax.div(experts, jnp.int32(E))
     here = device < place.ways(place.experts)
     sizes = dict(place.sizes)
     at = {}
@@ -208,10 +220,10 @@ def _peer(place: Island, expert: jax.Array, E: int) -> tuple[jax.Array, jax.Arra
         device = lax.div(device, jnp.int32(sizes[axis]))
     for axis in place.others:
         here = here & (at[axis] == lax.axis_index(axis))
-    peer = jnp.zeros_like(expert)
+    peer = jnp.zeros_like(experts)
     for axis in place.shared:
         peer = peer * sizes[axis] + at[axis]
-    return peer, here
+    return jnp.where(here, peer, -1)
 
 
 def _one_exchange(
@@ -219,31 +231,33 @@ def _one_exchange(
     moe: LocalMoe,
     place: Island,
     room: int,
+    total: jax.Array,
     k: jax.Array,
-    routing: tuple[jax.Array, jax.Array, jax.Array],
+    routing: tuple[jax.Array, ...],
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Return what the k-th block of `room` routes per pair of devices adds to this device's rows [R, D], in float32."""
-    order, sent, came = routing
+    """Return the total [R, D] of this device's rows, in float32, with what the k-th `room` rows for each peer add."""
+    order, peer, local, sent, came = routing
     x, weights, *stacks = arrays
     R, C = weights.shape
+    E = stacks[0].shape[0]
     group = sent.shape[0]
-    within = k * room + jnp.arange(room, dtype=jnp.int32)
-    outgoing, incoming = (jnp.clip(jnp.sum(n, axis=1) - k * room, 0, room) for n in (sent, came))
-    total = jnp.sum(sent, axis=1)
-    first = jnp.cumsum(total) - total
-    route = order[jnp.clip(first[:, None] + within, 0, R * C - 1)].reshape(-1)
-    real = (within < total[:, None]).reshape(-1)
-    token = lax.div(route, jnp.int32(C))
-    exchange = partial(_swap, algorithm, place.shared, room)
-    rows = exchange(x[token], outgoing, incoming)
-    # A peer's rows come in the order of their experts, so the counts alone say which row is for which.
-    ids = jnp.sum(within[None, :, None] >= jnp.cumsum(came, axis=1)[:, None, :], axis=2, dtype=jnp.int32)
-    ones = jnp.ones((group * room, 1), x.dtype)
-    back = exchange(moe(rows, ones, ids.reshape(-1, 1), *stacks), incoming, outgoing)
-    each = jnp.where(real[:, None], back.astype(jnp.float32), 0)
-    each = each * weights.reshape(-1)[route, None].astype(jnp.float32)
-    return jnp.zeros((R, x.shape[1]), jnp.float32).at[token].add(each)
+    outgoing, incoming = (jnp.clip(n - k * room, 0, room) for n in (sent, came))
+    slot = k * room + jnp.arange(room, dtype=jnp.int32)
+    row = order[:, jnp.minimum(slot, R - 1)]
+    real = slot < sent[:, None]
+    there = (peer[row] == jnp.arange(group)[:, None, None]) & real[:, :, None]
+    routes = _pack(weights[row].reshape(-1, C), jnp.where(there, local[row], E).reshape(-1, C), x.dtype)
+    # A row's routes lie along the lanes: as [.., 3C] they would be padded to 128.
+    routes = routes.reshape(group, room, 3 * C).swapaxes(1, 2)
+    routes = lax.all_to_all(routes, place.shared, split_axis=0, concat_axis=0, tiled=True)
+    their_weights, their_experts = _unpack(routes.swapaxes(1, 2).reshape(group * room, 3 * C))
+    swap = partial(_swap, algorithm, place.shared, room)
+    theirs = swap(x[row.reshape(-1)], outgoing, incoming)
+    likely = -(-group * R * C // place.ways(place.experts))
+    done = swap(moe(theirs, their_weights, their_experts, *stacks, expected=likely), incoming, outgoing)
+    done = jnp.where(real.reshape(-1, 1), done.astype(jnp.float32), 0)
+    return total.at[row.reshape(-1)].add(done)
 
 
 def _swap(
