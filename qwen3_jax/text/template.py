@@ -30,6 +30,10 @@ class TemplateError(ValueError):
     """A chat template that cannot be compiled, or messages it cannot render."""
 
 
+class NoTemplateError(TemplateError):
+    """A folder without a chat template, as base and embedding models have it."""
+
+
 class ChatTemplate:
     """The compiled chat template of one model folder."""
 
@@ -51,7 +55,10 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ChatTemplate":
-        """Find and compile the template of a model folder; TemplateError if it has none, TokenizerError on bad JSON."""
+        """Find and compile the template of a model folder.
+
+        Raises NoTemplateError if it has none, TemplateError for one that does not compile, TokenizerError for bad JSON.
+        """
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
         files = [("default", folder / "chat_template.jinja")]
@@ -67,7 +74,7 @@ class ChatTemplate:
             elif isinstance(found, str):
                 found = {"default": found}
         if not found:
-            raise TemplateError(f"{folder}: no chat_template.jinja and no chat_template in tokenizer_config.json")
+            raise NoTemplateError(f"{folder}: no chat_template.jinja and no chat_template in tokenizer_config.json")
         if not isinstance(found, dict) or not all(isinstance(x, str) for pair in found.items() for x in pair):
             raise TemplateError(f"{folder}: chat_template is neither a string nor a list of named templates")
         special = {key: text for key in SPECIAL if (text := token_text(settings.get(key))) is not None}
