@@ -92,7 +92,7 @@ else:
 def _changes(flags: Any) -> dict[str, Any]:
     """Return the flags that were given."""
     given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)}
-    return {name: value for name, value in given.items() if value is not None and value not in (False, (), {})}
+    return {name: value for name, value in given.items() if not (value is None or value is False or value in ((), {}))}
 
 
 class Command(Protocol):
@@ -335,7 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if not _is_ours(error):
             raise
-        print(f"qwen3-jax: error: {error}", file=sys.stderr)
+        first, *others = str(error).splitlines() or [type(error).__name__]  # a folder has all its problems at once
+        print(f"qwen3-jax: error: {' '.join([first, '; '.join(map(str.strip, others))]).strip()}", file=sys.stderr)
         return BAD
 
 
@@ -363,16 +364,22 @@ def _parse(argv: list[str]) -> Command:
 
 
 def _one_line(box: str) -> str:
-    """Reduce tyro's boxed error to its first paragraph and what it suggests."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    rules = [i for i, line in enumerate(lines) if line.startswith("──")] + [len(lines)]
-    text = " ".join(line for line in lines[: rules[0]] if line)
+    """Reduce tyro's boxed error, drawn in Unicode or ASCII, to its first paragraph and what it suggests."""
+    paragraphs: list[list[str]] = [[]]
+    for line in box.splitlines():
+        line = line.strip("│").strip()
+        if line and not line.strip("─-"):
+            paragraphs.append([])
+        elif line and not line.startswith(("╭", "╰")):
+            paragraphs[-1].append(line)
+    if "╭" not in box:  # the title is a paragraph of its own
+        paragraphs = paragraphs[1:] or paragraphs
+    text = " ".join(paragraphs[0]).removesuffix(".")
     if unreadable := re.match(r"Error parsing (\S+?):.* from \[(.*?)\]", text):
         text = f"{unreadable[1]} cannot be {unreadable[2]}"
-    text = text.removesuffix(".")
-    meant = next((line.split()[0] for line in lines[rules[0] :] if line.startswith("--")), None)
-    if "Perhaps you meant:" in lines and meant is not None:
-        text += f"; did you mean {meant}?"
+    for more in paragraphs[1:]:
+        if more[:1] == ["Perhaps you meant:"] and len(more) > 1:
+            text += f"; did you mean {more[1].split()[0]}?"
     return f"{text}; see qwen3-jax --help"
 
 

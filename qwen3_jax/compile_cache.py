@@ -26,7 +26,7 @@ def enable(folder: str | Path | None = None) -> Path | None:
     chosen = folder if folder is not None else os.environ.get(VARIABLE)
     if chosen == "off":
         return None
-    current: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    current: str | None = jax.config.values["jax_compilation_cache_dir"]
     if chosen is None and current is not None:
         return Path(current)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
