@@ -17,9 +17,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax import model
+from qwen3_jax.checkpoint import orbax_folder, orbax_sharded
 from qwen3_jax.checkpoint.folder import open_folder
 from qwen3_jax.checkpoint.hf import Params, Place, Source, param_dtype_of
 from qwen3_jax.config import Qwen3Config
@@ -58,7 +59,7 @@ def load_sharded(
     holds what its devices need (CPU devices) or a few parameters in passing (others).
 
     Args:
-        folder: Hugging Face's, or the Orbax one that `checkpoint.convert` writes.
+        folder: Hugging Face's, or an Orbax one, written on whatever mesh by however many processes.
         mesh: of `sharding.make_mesh`.
         rules: a table of `sharding.RULES`.
         dtype: the compute dtype, "float32", "bfloat16", or None for the file's.
@@ -79,7 +80,10 @@ def load_sharded(
     config = checkpoint.config
     on_mesh = for_mesh(config, mesh, rules)
     place = placer(config, mesh, rules, ops=ops)
-    return on_mesh, checkpoint.load(dtype=wanted, place=place, progress=progress and jax.process_index() == 0)
+    shown = progress and jax.process_index() == 0
+    if isinstance(checkpoint, orbax_folder.Checkpoint):
+        return on_mesh, orbax_sharded.load(checkpoint, dtype=wanted, place=place, progress=shown)
+    return on_mesh, checkpoint.load(dtype=wanted, place=place, progress=shown)
 
 
 def shardings(config: Qwen3Config, mesh: Mesh, rules: Rules, *, ops: Ops) -> dict[str, NamedSharding]:
@@ -155,6 +159,12 @@ def without_repeats(params: Params, config: Qwen3Config) -> Params:
     repeats = stored // K
 
     def undo(path: tuple[Any, ...], leaf: Any) -> Any:
-        return leaf[::repeats] if repeats > 1 and str(path[-1].key) in REPEATED else leaf
+        if repeats == 1 or path[-1].key not in REPEATED:
+            return leaf
+        if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+            # Fewer heads than devices again: every device gets them all.
+            everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            return jax.jit(lambda x: x[::repeats], out_shardings=everywhere)(leaf)
+        return leaf[::repeats]
 
     return jax.tree.map_with_path(undo, params)

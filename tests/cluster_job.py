@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen3_jax import cache, distributed, model, placement, preflight
-from qwen3_jax.checkpoint import hf
+from qwen3_jax.checkpoint import hf, orbax_sharded
+from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sharding import RULES
@@ -63,7 +64,7 @@ def logits_of(folder, text, tokens):
             for shard in leaf.addressable_shards
         }
         needed += sum(shard.data.nbytes for shard in shards.values())
-    return np.concatenate(outs, axis=1), sum(read), needed
+    return np.concatenate(outs, axis=1), sum(read), needed, params
 
 
 def main() -> None:
@@ -71,7 +72,7 @@ def main() -> None:
     with distributed.session(distributed.detect(), timeout_s=60):
         tokens = np.asarray(distributed.share(order["tokens"] if distributed.is_main() else None), np.int32)
         for case in order["cases"]:
-            logits, read, needed = logits_of(case["folder"], case["mesh"], tokens)
+            logits, read, needed, params = logits_of(case["folder"], case["mesh"], tokens)
             mine = {"read": read, "needed": needed, "devices": jax.device_count(), "local": jax.local_device_count()}
             Path(f"{case['out']}.process{jax.process_index()}.json").write_text(json.dumps(mine))
 
@@ -81,6 +82,8 @@ def main() -> None:
                 np.save(f"{case['out']}.npy", logits)
 
             distributed.once(write)
+            config = Qwen3Config.from_file(case["folder"])
+            orbax_sharded.save(f"{case['out']}.orbax", config, placement.without_repeats(params, config))
             assert Path(f"{case['out']}.npy").exists()  # on every process, as soon as `once` returns
         try:
             distributed.once(lambda: Path("/nonexistent/x").write_text(""))

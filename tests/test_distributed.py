@@ -8,17 +8,20 @@ import threading
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import pytest
 
-from qwen3_jax import checkpoint, distributed
+from qwen3_jax import checkpoint, distributed, placement
 from qwen3_jax.distributed import Cluster, ClusterError, detect, roll_call
+from qwen3_jax.ops.plain import XLA
+from qwen3_jax.sharding import RULES, make_mesh
 from tests import tiny
 from tests.cluster_job import STEPS
 from tests.ports import free_port
 from tests.run import Network
 
-CASES = [("dense", "data=2,model=4"), ("moe", "expert=4,model=2"), ("moe", "data=2,model=4")]
+CASES = [("dense", "data=2,model=4"), ("moe", "expert=4,model=2"), ("orbax", "data=2,model=4")]
 
 
 def launch(command: list[str], processes: int, *, devices: int) -> list[subprocess.Popen]:
@@ -59,6 +62,8 @@ def two_processes(tmp_path_factory):
     home = tmp_path_factory.mktemp("cluster")
     tokens = np.random.default_rng(0).integers(0, 94, (4, 6)).astype(np.int32)
     folders = {kind: tiny.save(home / kind, moe=kind == "moe")[0] for kind in ("dense", "moe")}
+    folders["orbax"] = home / "orbax"  # written by one process
+    checkpoint.convert(folders["moe"], folders["orbax"], "orbax", progress=False)
     cases = [{"folder": str(folders[kind]), "mesh": mesh, "out": str(home / f"{kind}-{mesh}")} for kind, mesh in CASES]
     order = home / "order.json"
     order.write_text(json.dumps({"tokens": tokens.tolist(), "cases": cases}))
@@ -82,6 +87,20 @@ def test_prefill_and_decode_equal_one_process(case, two_processes):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"expert": 2, "model": 4}], ids=str)
+def test_what_two_processes_wrote_loads_onto_another_mesh(case, sizes, two_processes):
+    """Orbax, written from (data, model) or (expert, model) over two processes, read by one."""
+    _, folders, outs = two_processes
+    config, expected = checkpoint.load(folders[case[0]], progress=False)
+    again, params = checkpoint.load(f"{outs[case]}.orbax", progress=False)
+    assert again == config
+    chex.assert_trees_all_equal(params, expected)
+    mesh = make_mesh(data=sizes.get("data", 1), expert=sizes.get("expert", 1), model=sizes.get("model", 1))
+    _, params = placement.load_sharded(f"{outs[case]}.orbax", mesh, RULES["serve"], ops=XLA, progress=False)
+    chex.assert_trees_all_equal(jax.device_get(placement.without_repeats(params, config)), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_each_process_reads_what_its_devices_need(case, two_processes):
     _, folders, outs = two_processes
     whole = checkpoint.inspect(folders[case[0]]).nbytes

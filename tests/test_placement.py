@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qwen3_jax import checkpoint, model, placement
-from qwen3_jax.checkpoint import hf
+from qwen3_jax.checkpoint import CheckpointError, hf, orbax_sharded
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sharding import RULES, ShardingError, make_mesh
@@ -90,6 +90,25 @@ def test_orbax_folder(moe, tmp_path):
         chex.assert_trees_all_equal(jax.device_get(actual[1]), jax.device_get(expected[1]))
         same = jax.tree.map(lambda a, b: a.sharding == b.sharding, actual[1], expected[1])
         assert all(jax.tree.leaves(same))
+
+
+def test_a_damaged_orbax_folder_is_refused_by_tensor(moe, tmp_path):
+    config, params = checkpoint.load(moe, progress=False)
+    orbax_sharded.save(tmp_path / "orbax", config, params, progress=False)
+    with pytest.raises(CheckpointError, match="exists already"):
+        orbax_sharded.save(tmp_path / "orbax", config, params, progress=False)
+    manifest = tmp_path / "orbax" / "qwen3_jax.json"
+    told = json.loads(manifest.read_text())
+    told["tensors"]["layers.1.mlp.gate_proj"]["sha256"] = "0" * 64  # as if other bytes were stored
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError) as caught:
+        placement.load_sharded(tmp_path / "orbax", make_mesh(expert=8), RULES["serve"], ops=XLA, progress=False)
+    assert len(caught.value.problems) == 1
+    assert "layers.1.mlp.gate_proj: damaged" in caught.value.problems[0]
+    for path in (tmp_path / "orbax" / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError):
+        placement.load_sharded(tmp_path / "orbax", make_mesh(expert=8), RULES["serve"], ops=XLA, progress=False)
 
 
 def test_everything_that_does_not_divide_is_told_before_a_byte_is_read(tmp_path, bytes_read):

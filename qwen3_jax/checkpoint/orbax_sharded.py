@@ -67,14 +67,11 @@ class Stored:
 
     def pieces(self) -> Iterator[np.ndarray]:
         """Yield the whole array in its own dtype, C-contiguous, a band of chunks at a time."""
-        if not self.shape:
-            yield np.asarray(self._store.read().result())
-            return
-        rows = self._store.chunk_layout.read_chunk.shape[0]
-        row_bytes = self.stored_dtype.itemsize * math.prod(self.shape[1:])
-        rows *= max(1, PIECE_BYTES // max(1, rows * row_bytes))
+        chunk_rows = int((self._store.chunk_layout.read_chunk.shape or self.shape)[0] or 1)
+        band_bytes = chunk_rows * self.stored_dtype.itemsize * math.prod(self.shape[1:])
+        rows = chunk_rows * max(1, PIECE_BYTES // band_bytes)
         for row in range(0, self.shape[0], rows):
-            yield np.ascontiguousarray(self._store[row : row + rows].read().result())
+            yield np.ascontiguousarray(self._store[row : min(row + rows, self.shape[0])].read().result())
 
     def digest(self) -> bytes:
         digest = hashlib.sha256()
