@@ -1,6 +1,8 @@
 """The experts: every algorithm against the dense oracle, the oracle against live transformers, for hostile routings."""
 
 import functools
+import importlib.util
+import re
 
 import chex
 import jax
@@ -9,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from jax import lax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qwen3_jax.ops import mesh as ops_mesh
-from qwen3_jax.ops import moe, moe_parallel, moe_tpu
+from qwen3_jax.ops import moe, moe_gpu, moe_parallel, moe_tpu
 from qwen3_jax.ops.plain import ORACLE, XLA
+from qwen3_jax.plan.gpu import TARGETS
 from qwen3_jax.sharding import RULES, make_mesh
 
 E, C, D, F = 16, 3, 8, 12
@@ -150,6 +155,12 @@ def test_tpu_kernel(expected_routes):
     assert_equals_oracle(functools.partial(moe.grouped, swiglu=kernel, align=8, expected=expected_routes), 13)
 
 
+def test_gpu_kernel():
+    """The Pallas kernel, interpreted, in tiles of 16 rows."""
+    kernel = functools.partial(moe_gpu.swiglu, 16, True)
+    assert_equals_oracle(functools.partial(moe.grouped, swiglu=kernel, align=16), 13)
+
+
 def test_tpu_kernel_splits_a_wide_expert(monkeypatch):
     """An expert too wide for the chip's memory is read in slices of 128 lanes."""
     monkeypatch.setattr(moe_tpu, "WEIGHTS_VMEM_BYTES", 128 * 6 * D * 4)
@@ -270,3 +281,77 @@ def test_unknown_algorithm():
     x, weights, *stacks = arrays(8)
     with pytest.raises(ValueError, match="'magic' is unknown: use replicated, gather"):
         ops.moe(x, weights, routing("random", 8, jax.random.key(0)), *stacks)
+
+
+# Compiled for accelerators that are not here.
+
+
+def abstract(R: int, sharding, *, E: int, D: int, F: int, stacks=None):
+    """Return a layer's arguments in bfloat16, with C = 8."""
+    rows, experts = sharding, sharding if stacks is None else stacks
+    shapes = [((R, D), rows), ((R, 8), rows), ((R, 8), rows), *(((E, *s), experts) for s in ((F, D), (F, D), (D, F)))]
+    dtypes = [jnp.bfloat16, jnp.bfloat16, jnp.int32, jnp.bfloat16, jnp.bfloat16, jnp.bfloat16]
+    return [jax.ShapeDtypeStruct(s, d, sharding=at) for (s, at), d in zip(shapes, dtypes, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def v5e():
+    """The 16 chips of a v5e:4x4, described by libtpu."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("compiling for TPU needs libtpu: pip install 'qwen3-jax[tpu]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        yield list(topologies.get_topology_desc("v5e:4x4", platform="tpu").devices)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("R", [64, 2048])
+def test_tpu_takes_the_weights_as_they_are(v5e, R):
+    """No copy of an expert stack into another layout, and no ragged-dot, which makes one; temporaries stay small."""
+    function = functools.partial(moe_tpu.moe, expected=R // 2)
+    place = jax.sharding.SingleDeviceSharding(v5e[0])
+    compiled = jax.jit(function).lower(*abstract(R, place, E=8, D=1024, F=768)).compile()
+    text = compiled.as_text()
+    layouts = set(re.findall(r"bf16\[8,(?:768,1024|1024,768)\]\{([\d,]+)", text))
+    assert layouts == {"2,1,0"}
+    assert "ragged-dot" not in text
+    assert ("grouped_swiglu" in text) == (R == 2048)
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * R * 1024
+
+
+@pytest.mark.tpu
+def test_tpu_decodes_with_one_reduction(v5e):
+    """Few rows: one transfer collects rows and routes, one reduction sums the experts' outputs."""
+    text = compile_on_mesh(v5e, 64, None)
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
+    assert len(re.findall(r" all-gather(?:-start)?\(", text)) == 1
+    assert not re.search(r" (?:all-to-all|ragged-all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", text)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("algorithm", "collective"), [(None, "all-to-all"), ("ragged_all_to_all", "ragged-all-to-all")]
+)
+def test_tpu_exchanges(v5e, algorithm, collective):
+    text = compile_on_mesh(v5e, 4096, algorithm)
+    assert re.search(rf" {collective}(?:-start)?\(", text)
+    assert not re.search(r" all-gather(?:-start)?\(", text)
+
+
+def compile_on_mesh(devices, R: int, algorithm: str | None) -> str:
+    mesh = make_mesh(expert=4, model=4, devices=devices)
+    ops = ops_mesh.on_mesh(XLA._replace(moe=moe_tpu.moe), mesh, RULES["serve"], experts=algorithm)
+    rows, stacks = (NamedSharding(mesh, PartitionSpec(axes)) for axes in ("expert", ("expert", "model")))
+    return jax.jit(ops.moe).lower(*abstract(R, rows, E=64, D=512, F=256, stacks=stacks)).compile().as_text()
+
+
+def test_gpu_compiles_for_h100():
+    """Temporaries of a layer: rows and results, not the gigabytes of XLA's own ragged_dot."""
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip("compiling for GPU needs jax's CUDA plugin: pip install 'qwen3-jax[cuda]'")
+    described = topologies.get_topology_desc("x", platform="cuda", topology="1x1x8", target_config=TARGETS["H100"])
+    place = jax.sharding.SingleDeviceSharding(described.devices[0])
+    arguments = abstract(1024, place, E=64, D=2048, F=768)
+    ours, xlas = (jax.jit(f).lower(*arguments).compile().memory_analysis() for f in (moe_gpu.moe, moe.grouped))
+    assert ours.temp_size_in_bytes < 128 * 2**20 < 1024 * 2**20 < xlas.temp_size_in_bytes
