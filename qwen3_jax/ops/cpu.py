@@ -13,8 +13,8 @@ way. The facts behind it, seen in compiled HLO and timed on two cores (jaxlib 0.
   place. Both attention products contract the minor axis, so that no step repacks the cache.
 - `lax.ragged_dot` is 20–40 times slower here than a loop over tiles of rows that share an expert.
 
-Axis letters: B batch, T query length, S cache slots, N query heads, K kv heads, G = N/K, H head_dim, D hidden, E experts,
-C experts per token, F expert width, R routed tokens, M rows of a tile.
+Axis letters: B batch, T query length, S cache slots, N query heads, K kv heads, G = N/K, H head_dim, D hidden,
+E experts, C experts per token, F expert width, R routed tokens, M rows of a tile.
 """
 
 import math
@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen3_jax.ops import LayerCache, Ops
+from qwen3_jax.ops import LayerCache, Ops, plain
 
 _QUERY_BLOCK = 256
 _QUERY_GROUPS = 8
+_SLOT_BLOCK = 512
 _MASKED = -1e30  # finite, so that a row without any allowed key gives numbers, not NaN
 
 
@@ -46,6 +47,12 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = 
     return y.astype(x.dtype if out_dtype is None else out_dtype).reshape(x.shape[:kept] + w.shape[:out_axes])
 
 
+def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Look tokens up in table [V, D], tied to the tokens: a widened table must not be hoisted out of a decode loop."""
+    table, tokens = lax.optimization_barrier((table, tokens))
+    return table[tokens]
+
+
 def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply x [R, in] by w [out, in] into float32 [R, out]; x's dtype is the products', w is cast to it."""
     if w.dtype != x.dtype:
@@ -57,12 +64,21 @@ def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)[:rows]
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    scale: float,
+    start: jax.Array | None = None,
+) -> jax.Array:
     """Attend causally within segments, block of queries by block, skipping the keys above the diagonal.
 
-    The queries fall into at most `_QUERY_GROUPS` groups, each of which reads a static prefix of the keys; a group longer
-    than `_QUERY_BLOCK` is mapped over in blocks, so that scores take [B, N, block, T] and never [B, N, T, T].
+    The queries fall into at most `_QUERY_GROUPS` groups, each of which reads a static prefix of the keys; a group
+    longer than `_QUERY_BLOCK` is mapped over in blocks, so that scores take [B, N, block, T] and never [B, N, T, T].
     """
+    if start is not None:  # a part of the queries, on a mesh that splits the length
+        return plain.attend(q, k, v, segment_ids, scale, start)
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
@@ -86,13 +102,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
         return _batched(p.reshape(B * K, G * rows, seen), values[:, :, :seen]).astype(q.dtype)
 
     outs = []
-    for start in range(0, T, group):
-        seen = min(start + group, T)
+    for first in range(0, T, group):
+        seen = min(first + group, T)
         if group == _QUERY_BLOCK:
-            outs.append(block(start, seen - start, seen).reshape(B, K, G, seen - start, H))
+            outs.append(block(first, seen - first, seen).reshape(B, K, G, seen - first, H))
             continue
-        starts = start + jnp.arange(0, group, _QUERY_BLOCK)
-        step = jax.checkpoint(lambda first, seen=seen: block(first, _QUERY_BLOCK, seen))
+        starts = first + jnp.arange(0, group, _QUERY_BLOCK)
+        step = jax.checkpoint(lambda at, seen=seen: block(at, _QUERY_BLOCK, seen))
         out = lax.map(step, starts).reshape(-1, B, K, G, _QUERY_BLOCK, H)
         outs.append(jnp.moveaxis(out, 0, 3).reshape(B, K, G, group, H))
     return jnp.concatenate(outs, axis=3)[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -129,18 +145,50 @@ def update_cache(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array
 
 
 def attend_cache(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
-    """Attend to slots 0..position in float32; see `Ops.attend_cache`."""
+    """Attend to slots 0..position: one token in float32 over all slots, more by blocks; see `Ops.attend_cache`."""
     B, T, N, H = q.shape
-    keys, values = cache["k"], cache["v"]
-    K, S = keys.shape[0] // B, keys.shape[1]
-    G = N // K
-    queries = q.astype(jnp.float32).transpose(0, 2, 1, 3).reshape(B * K, G * T, H)
-    product = _by_row if G * T <= 2 else _batched
-    scores = product(queries, keys).reshape(B, K, G, T, S) * jnp.float32(scale)
-    allowed = jnp.arange(S)[None, None, :] <= positions[:, :, None]
-    p = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _MASKED), axis=-1)
-    out = product(p.reshape(B * K, G * T, S), values)
-    return out.reshape(B, N, T, H).transpose(0, 2, 1, 3).astype(q.dtype)
+    K = cache["k"].shape[0] // B
+    queries = q.transpose(0, 2, 1, 3).reshape(B * K, N // K * T, H)
+    context = (_attend_slots if T == 1 else _attend_blocks)(queries, cache, positions, scale)
+    return context.reshape(B, N, T, H).transpose(0, 2, 1, 3).astype(q.dtype)
+
+
+def _attend_slots(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+    """Attend one token's heads q [B*K, G, H] to the whole cache, with positions [B, 1]."""
+    heads, G, _ = q.shape
+    B, S = positions.shape[0], cache["k"].shape[1]
+    product = _by_row if G <= 2 else _batched
+    scores = product(q.astype(jnp.float32), cache["k"]).reshape(B, -1, G, S) * jnp.float32(scale)
+    allowed = (jnp.arange(S) <= positions)[:, None, None]
+    p = jax.nn.softmax(jnp.where(allowed, scores, _MASKED), axis=-1)
+    return product(p.reshape(heads, G, S), cache["v"])
+
+
+def _attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+    """Attend q [B*K, G*T, H] to as many blocks of slots as positions [B, T] need, with a running softmax."""
+    heads, rows, H = q.shape
+    B, T = positions.shape
+    S = cache["k"].shape[1]
+    size = min(S, _SLOT_BLOCK)
+    at = positions[:, None, None, :, None]
+
+    def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, context = state
+        first = jnp.minimum(i * size, S - size)  # the last block may overlap the one before
+        keys = lax.dynamic_slice_in_dim(cache["k"], first, size, axis=1).astype(q.dtype)
+        values = lax.dynamic_slice_in_dim(cache["v"], first, size, axis=2).astype(q.dtype)
+        slots = first + jnp.arange(size)
+        scores = _batched(q, keys).reshape(B, -1, rows // T, T, size) * jnp.float32(scale)
+        scores = jnp.where((slots <= at) & (slots >= i * size), scores, _MASKED).reshape(heads, rows, size)
+        higher = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
+        p, shrink = jnp.exp(scores - higher), jnp.exp(largest - higher)
+        total = total * shrink + jnp.sum(p, axis=-1, keepdims=True)
+        return higher, total, context * shrink + _batched(p.astype(q.dtype), values)
+
+    column = jnp.zeros((heads, rows, 1), jnp.float32)
+    state = (column + _MASKED, column, jnp.zeros((heads, rows, H), jnp.float32))
+    _, total, context = lax.fori_loop(0, jnp.max(positions) // size + 1, block, state)
+    return context / total
 
 
 def _by_row(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -309,3 +357,5 @@ CPU = Ops(
     moe,
     {"k": "batch slots head_dim", "v": "batch head_dim slots"},
 )
+if "embed" in Ops._fields:
+    CPU = CPU._replace(embed=embed)
