@@ -12,7 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from qwen3_jax.parity.report import Measure, Report
+    from qwen3_jax.parity.report import Difference, Measure, Report
 
 WIDTH, HEIGHT = 920, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 40
@@ -23,7 +23,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #12161c; --ink: #e6e9ee; --faint: #9aa4b1; --line: #303843;
   --red: #ff7b89; --green: #58c990; --s0: #6ea8fe; --s1: #ffa657; --s2: #56d4c8; } }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 960px; padding: 0 1rem; }
+  max-width: 1120px; padding: 0 1rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 2rem 0 .2rem; }
 p { margin: .2rem 0 .6rem; } .faint { color: var(--faint); }
 .verdict { border-left: 5px solid; padding: .4rem .8rem; font-weight: 600; margin: 1rem 0; }
@@ -38,9 +38,13 @@ svg .bound-label { fill: var(--red); } .series { fill: none; stroke-width: 1.8; 
 .mark.out { fill: var(--red); stroke: var(--red); } .legend span { margin-right: 1.2rem; }
 .legend i { display: inline-block; width: 1.4rem; border-top: 3px solid currentColor; vertical-align: middle;
   margin-right: .35rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; margin-bottom: 1rem; }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--faint); font-weight: 600; }
+.grouped td:nth-child(3n+2), .grouped tr + tr th:nth-child(3n+2) { border-left: 1px solid var(--line);
+  padding-left: 1rem; }
+.grouped tr:first-child th { text-align: center; }
 """
 
 
@@ -98,6 +102,9 @@ def render(report: Report) -> str:
     if any("mlp.router_experts" in layer for layer in layers):
         sections.append(_experts(layers))
     sections += [
+        "<h2>By layer</h2>",
+        '<p class="faint">max abs; relative, as a share of PyTorch’s largest value; cosine of the worst token.</p>',
+        _summary(layers),
         "<h2>Every place</h2>",
         f'<p class="faint">Isolated differences; out of tolerance ({bound:.1g}) in bold red.</p>',
         _table(report),
@@ -189,6 +196,30 @@ def _experts(layers: Sequence[dict[str, Measure]]) -> str:
     )
 
 
+def _summary(layers: Sequence[dict[str, Measure]]) -> str:
+    """List max abs, relative and cosine of what a layer adds and of the stream, by itself and in our own stream."""
+    groups = (
+        ("attention by itself", "self_attn.output", "isolated"),
+        ("MLP or experts by itself", "mlp.output", "isolated"),
+        ("residual by itself", "output", "isolated"),
+        ("residual in our own stream", "output", "accumulated"),
+    )
+    head = "".join(f'<th colspan="3" scope="colgroup">{name}</th>' for name, _, _ in groups)
+    names = "<th>max abs</th><th>relative</th><th>cosine</th>" * len(groups)
+    body = ""
+    for i, layer in enumerate(layers):
+        body += f"<tr><td>{i}</td>"
+        for _, place, run in groups:
+            far: Difference = getattr(layer[place], run)
+            bad = _class(layer[place]) if run == "isolated" else ""
+            body += f"<td>{far.max_abs:.1e}</td><td{bad}>{far.relative:.1e}</td><td>{far.cosine:.7f}</td>"
+        body += "</tr>"
+    return (
+        f'<div class="wide"><table class="grouped"><tr><th></th>{head}</tr>'
+        f"<tr><th>layer</th>{names}</tr>{body}</table></div>"
+    )
+
+
 def _table(report: Report) -> str:
     """List every place of every layer, then the places outside the layers."""
     places: list[str] = []
@@ -198,8 +229,11 @@ def _table(report: Report) -> str:
     body = ""
     for i, layer in enumerate(report.layers):
         body += f"<tr><td>{i}</td>" + "".join(_cell(layer.get(place)) for place in places) + "</tr>"
-    body += "".join(f"<tr><td>{escape(m.place)}</td>{_cell(m)}</tr>" for m in report.outside_layers)
-    return f'<div class="wide"><table><tr><th>layer</th>{head}</tr>{body}</table></div>'
+    ends = "".join(f"<tr><td>{escape(m.place)}</td>{_cell(m)}</tr>" for m in report.outside_layers)
+    return (
+        f'<div class="wide"><table><tr><th>layer</th>{head}</tr>{body}</table></div>'
+        f'<div class="wide"><table><tr><th>around the layers</th><th>relative</th></tr>{ends}</table></div>'
+    )
 
 
 def _cell(measure: Measure | None) -> str:
