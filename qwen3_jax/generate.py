@@ -29,7 +29,7 @@ from qwen3_jax.runner import Batch, PromptError, Request, Runner
 from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.steps import BROKEN, CALL, IDLE
 from qwen3_jax.text.detokenize import StopStrings
-from qwen3_jax.text.template import ChatTemplate, TemplateError
+from qwen3_jax.text.template import ChatTemplate, NoTemplateError, TemplateError
 from qwen3_jax.text.thinking import Label, ThinkingIds, ThinkingStream
 from qwen3_jax.text.tokenizer import Tokenizer, read_json
 
@@ -190,10 +190,10 @@ class Generator:
         settings = folder / "generation_config.json"
         generation = read_json(settings) if settings.is_file() else {}
         defaults = SamplingParams.from_generation_config(generation, settings)
-        has_template = (folder / "chat_template.jinja").is_file() or "chat_template" in read_json(
-            folder / "tokenizer_config.json"
-        )
-        template = ChatTemplate.from_folder(folder) if has_template else None
+        try:
+            template = ChatTemplate.from_folder(folder)
+        except NoTemplateError:  # a base model: raw prompts only
+            template = None
         compile_cache.enable(cache)
         stored = None if param_dtype == "file" else param_dtype or dtype
         params = found.load(dtype=stored, progress=progress)
