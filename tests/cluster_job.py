@@ -15,23 +15,21 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen3_jax import cache, distributed, model, placement, preflight
-from qwen3_jax.checkpoint import hf, orbax_sharded
+from qwen3_jax.checkpoint import orbax_sharded
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sharding import RULES
+from tests import counting
 
 STEPS = 4  # decoded tokens
 
 
 def logits_of(folder, text, tokens):
     """Return logits [B, T + STEPS, V] of prefill and greedy decoding, what was read, and what was needed."""
-    read = []
-    convert = hf.convert
-    hf.convert = lambda out, values: (read.append(values.nbytes), convert(out, values))
     mesh = preflight.mesh_of(preflight.Options(mesh=text))
-    config, params = placement.load_sharded(folder, mesh, RULES["serve"], dtype="float32", ops=XLA)
-    hf.convert = convert
+    with counting.bytes_read() as read:
+        config, params = placement.load_sharded(folder, mesh, RULES["serve"], dtype="float32", ops=XLA)
 
     ops = on_mesh(XLA, mesh, RULES["serve"])
     graphdef, _ = model.declare(config, dtype=jnp.dtype("float32"), ops=ops)

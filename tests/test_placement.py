@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from qwen3_jax import checkpoint, model, placement
-from qwen3_jax.checkpoint import CheckpointError, hf, orbax_sharded
+from qwen3_jax.checkpoint import CheckpointError, orbax_sharded
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sharding import RULES, ShardingError, make_mesh
-from tests import tiny
+from tests import counting, tiny
 
 MESHES: dict[str, dict[str, int]] = {
     "model 4 > 2 kv heads": {"model": 4, "data": 2},
@@ -29,13 +29,10 @@ def moe(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1])[0]
 
 
-@pytest.fixture
-def bytes_read(monkeypatch):
-    """Count what is copied out of the files."""
-    counts = []
-    convert = hf.convert
-    monkeypatch.setattr(hf, "convert", lambda out, values: (counts.append(values.nbytes), convert(out, values)))
-    return counts
+@pytest.fixture(name="bytes_read")
+def count_bytes_read():
+    with counting.bytes_read() as counts:
+        yield counts
 
 
 def repeat_kv_heads(params, repeats):
