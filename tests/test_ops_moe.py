@@ -242,12 +242,23 @@ def test_mesh_with_one_row(algorithm):
     assert_equals_oracle(ops.moe, 1, ("random", "all none"))
 
 
-def test_mesh_splits_the_length():
-    """One long prompt: the rows are split by the axes of `length`, those of the experts' own too."""
-    rules = {**RULES["serve"], "batch": ("data", "fsdp"), "length": ("expert", "model")}
-    for algorithm in moe_parallel.ALGORITHMS[:3]:
-        ops = ops_mesh.on_mesh(XLA, make_mesh(expert=4, model=2), rules, experts=algorithm)
-        assert_equals_oracle(ops.moe, 13, ("random", "one shard"))
+def test_mesh_splits_the_rows_by_all_axes(monkeypatch):
+    """One long prompt: every axis splits the rows, and an exchange may collect one of them first."""
+    rows = ("data", "fsdp", "expert", "model")
+    mesh = make_mesh(expert=4, model=2)
+    place = moe_parallel.island(mesh.shape, {**RULES["serve"], "batch": rows})
+    assert place.shared == ("expert", "model")
+    for algorithm, over in (("gather", None), ("all_to_all", ("expert",)), ("all_to_all", ("expert", "model"))):
+        if over is not None:
+            monkeypatch.setattr(moe_parallel, "exchange_axes", lambda *_, over=over: over)
+        island = jax.shard_map(
+            functools.partial(moe_parallel.run, algorithm, moe.grouped, place, "cpu"),
+            mesh=mesh,
+            in_specs=(*[PartitionSpec(rows)] * 3, *[PartitionSpec(place.experts)] * 3),
+            out_specs=PartitionSpec(rows),
+            check_vma=False,
+        )
+        assert_equals_oracle(island, 104, ("random", "one shard"))
 
 
 def test_experts_apart_from_rows():
@@ -274,6 +285,15 @@ def test_experts_apart_from_rows():
 def test_choice(shape, rows, choices, platform, name):
     place = moe_parallel.island({"data": 1, "fsdp": 1, **shape}, RULES["serve"])
     assert moe_parallel.choose(place, rows=rows, choices=choices, platform=platform) == name
+
+
+def test_exchange_axes():
+    """4 x 4 on a TPU: collect over one, exchange over the other, 3 + 16 * 0.40 rows, beats 15 and 4 * 16 * 0.40."""
+    rules = {**RULES["serve"], "batch": ("data", "expert", "model")}
+    place = moe_parallel.island({"data": 1, "fsdp": 1, "expert": 4, "model": 4}, rules)
+    assert len(moe_parallel.exchange_axes(place, 8, "tpu")) == 1
+    assert moe_parallel.exchange_axes(place, 8, "gpu") == ("expert", "model")
+    assert moe_parallel.choose(place, rows=256, choices=8, platform="tpu") == "all_to_all"
 
 
 def test_unknown_algorithm():

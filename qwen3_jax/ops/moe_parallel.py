@@ -8,13 +8,15 @@ four algorithms, every one dropless for every routing:
                        axes in one reduction, keep the own rows
     gather             the same, but the sum over the shared axes is scattered: each device receives its own rows only
     all_to_all         send each row, once, to every device that holds one of its experts, and the sum of these back,
-                       in blocks of a fixed size: as many exchanges as the fullest pair of devices needs
+                       in blocks of a fixed size: as many exchanges as the fullest pair of devices needs. Of several
+                       shared axes some may be collected first, and the rows exchanged over the rest
     ragged_all_to_all  the same, sending only what a block holds; TPU and GPU only, XLA's CPU backend has no such
                        collective
 
 `choose` says which one runs. Axis letters: R rows of this device, C choices per row, E experts here, D hidden.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -67,10 +69,8 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
     A group is the devices along the shared axes.
       - A group of one, or one that holds at most 128 rows together (decoding): "replicated". Everything is in reach or
         small, and a single reduction costs one latency.
-      - Otherwise what keeps the links busy for the shorter time. Each way, per row of a device: collecting moves
-        group - 1 rows to every device; an exchange moves `needed` of group rows, over group / 4 links on average in a
-        TPU's rings, one through a GPU's switch. Where the exchange is shorter: "all_to_all", on GPU
-        "ragged_all_to_all"; else "gather".
+      - Otherwise what keeps the links busy for the shorter time, by `_transfers`: "gather" or "all_to_all", the latter
+        on GPU as "ragged_all_to_all".
 
     Args:
         place: the mesh.
@@ -81,16 +81,34 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
     group = place.ways(place.shared)
     if group == 1 or group * rows <= FEW_ROWS:
         return "replicated"
-    hops = max(1.0, group / 4) if platform == "tpu" else 1.0
-    if hops * group * needed(place, choices) >= group - 1:
+    if _transfers(place, exchange_axes(place, choices, platform), choices, platform) >= group - 1:
         return "gather"
     return "ragged_all_to_all" if platform in ("gpu", "cuda") else "all_to_all"
+
+
+def exchange_axes(place: Island, choices: int, platform: str) -> tuple[str, ...]:
+    """Return the shared axes over which an exchange goes; the rows of the others are collected first."""
+    axes = [axis for axis in place.shared if place.ways((axis,)) > 1]
+    sets = [over for n in range(len(axes), 0, -1) for over in itertools.combinations(axes, n)]
+    return min(sets, key=lambda over: _transfers(place, over, choices, platform), default=place.shared)
+
+
+def _transfers(place: Island, over: tuple[str, ...], choices: int, platform: str) -> float:
+    """Return what one direction costs, in rows sent over a link per row of a device, for an exchange over some axes.
+
+    Collecting the rows of `collected` devices moves collected - 1; then an exchange moves `needed` of group * collected
+    rows, over group / 4 links on average in a ring of a TPU, over one through a GPU's switch.
+    """
+    group, collected = place.ways(over), place.ways(tuple(axis for axis in place.shared if axis not in over))
+    hops = max(1.0, group / 4) if platform == "tpu" else 1.0
+    return collected - 1 + hops * group * collected * needed(place, choices)
 
 
 def run(
     algorithm: str,
     moe: LocalMoe,
     place: Island,
+    platform: str,
     x: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
@@ -106,6 +124,7 @@ def run(
         algorithm: one of `ALGORITHMS`.
         moe: the single-device formulation, see `Ops.moe`.
         place: the mesh.
+        platform: as in `choose`.
         x, weights, experts: this device's rows [R, D], [R, C], [R, C] int32 ids over the whole layer; an id beyond the
             layer's experts means none.
         gate_proj, up_proj, down_proj: this device's experts.
@@ -123,7 +142,8 @@ def run(
     stacks = (gate_proj, up_proj, down_proj)
     if algorithm in ("replicated", "gather"):
         return _collected(algorithm, moe, place, x, weights, experts, *stacks)
-    return _exchanged(algorithm, moe, place, room, x, weights, experts, *stacks)
+    over = exchange_axes(place, experts.shape[1], platform)
+    return _exchanged(algorithm, moe, place, over, room, x, weights, experts, *stacks)
 
 
 def _collected(
@@ -175,15 +195,21 @@ def _exchanged(
     algorithm: str,
     moe: LocalMoe,
     place: Island,
+    over: tuple[str, ...],
     room: int | None,
     x: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
     *stacks: jax.Array,
 ) -> jax.Array:
-    """Exchange rows over the shared axes; each of the other axes' devices takes the routes of its own experts."""
-    R, C = experts.shape
+    """Exchange rows over some axes; each of the other axes' devices takes the routes of its own experts."""
     E = stacks[0].shape[0]
+    collected, others = tuple(axis for axis in place.shared if axis not in over), place.others
+    if place.ways(collected) > 1:
+        x, weights, experts = _gather(collected, x, weights, jnp.minimum(experts, place.ways(place.experts) * E))
+    # From here on the collected axes are like the other ones: their devices hold the same rows.
+    place = place._replace(rows=tuple(axis for axis in place.rows if axis not in collected))
+    R, C = experts.shape
     group = place.ways(place.shared)
     peer = _peer(place, experts, E)
     wanted = jnp.any(peer == jnp.arange(group)[:, None, None], axis=2)
@@ -201,7 +227,10 @@ def _exchanged(
         # All devices must take part in every exchange, so all run as many as the fullest pair of devices needs.
         fullest = lax.pmax(jnp.max(sent), tuple(dict(place.sizes)))
         out = sum_of_rounds(step, lax.div(fullest + (room - 1), jnp.int32(room)), routing, arrays, like=x)
-    return lax.psum(out.astype(x.dtype), place.others)
+    out = out.astype(x.dtype)
+    if place.ways(collected) > 1:
+        out = lax.psum_scatter(out, collected, scatter_dimension=0, tiled=True)
+    return lax.psum(out, others)
 
 
 def needed(place: Island, choices: int) -> float:
