@@ -53,7 +53,7 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         chosen = algorithm or moe_parallel.choose(place, rows=(R + padding) // ways, choices=C, platform=platform)
         rows, stacks = PartitionSpec(place.rows), PartitionSpec(place.experts)
         island = jax.shard_map(
-            partial(moe_parallel.run, chosen, ops.moe, place),
+            partial(moe_parallel.run, chosen, ops.moe, place, platform),
             mesh=mesh,
             in_specs=(rows, rows, rows, stacks, stacks, stacks),
             out_specs=rows,
