@@ -233,6 +233,7 @@ def test_decode_copies_neither_weights_nor_cache():
 
     cache = cpu.init_cache(1, S, K, H, jnp.bfloat16)
     memory = jax.jit(decode, donate_argnums=1).lower(weights, cache).compile().memory_analysis()
+    assert memory is not None
     cache_bytes = sum(a.nbytes for a in cache.values())
     assert memory.alias_size_in_bytes >= cache_bytes
     one_expert = 2 * F * D * 3
