@@ -454,13 +454,14 @@ def _show(events: "Iterable[Event]", said: dict[str, str] | None = None) -> "Com
     return completion
 
 
-def _interruptible(events: "Iterable[Event]", *, quiet: bool) -> "Completion | dict[str, str]":
+def _interruptible(events: Any, *, quiet: bool) -> "Completion | dict[str, str]":
     """Show a reply; Ctrl-C ends it and returns what was said so far as parts of a message."""
     said: dict[str, str] = {}
     try:
-        if quiet:
-            return next(e.completion for e in events if e.completion is not None)
-        return _show(events, said)
+        with contextlib.closing(events):
+            if quiet:
+                return next(e.completion for e in events if e.completion is not None)
+            return _show(events, said)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise

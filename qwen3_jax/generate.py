@@ -370,6 +370,13 @@ class Generator:
         runner = self.runner
         began, compiled = time.perf_counter(), runner.compile_s
         batch = Batch(runner, requests)
+        try:
+            yield from self._text(batch, began, compiled, interval_s)
+        finally:
+            batch.wait()  # whoever stops listening must not leave the process while the device still computes
+
+    def _text(self, batch: Batch, began: float, compiled: float, interval_s: float | None) -> Iterator[Event]:
+        runner = self.runner
         emitted = batch.read(batch.first)
         first_s = time.perf_counter() - began
         clock = Timings(
@@ -380,7 +387,7 @@ class Generator:
             first_token_s=first_s,
             tokens_per_s=0.0,
         )
-        rows = [_Row(self.tokenizer, self._tags, b, request) for b, request in enumerate(requests)]
+        rows = [_Row(self.tokenizer, self._tags, b, request) for b, request in enumerate(batch.requests)]
         yield from _advance(rows, emitted, clock)
         count = CALL if interval_s is None else 1
         under_way: tuple[float, int, dict[str, Any]] | None = None

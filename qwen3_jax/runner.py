@@ -159,6 +159,10 @@ class Batch:
         """Wait for what `first` or `decode` emitted: "token" [n, B] int32, and log-probabilities if asked for."""
         return jax.device_get(emitted)
 
+    def wait(self) -> None:
+        """Wait until the device has nothing of this batch left to do."""
+        jax.block_until_ready((self._state, self._cache))
+
     def _lay_out(self) -> dict[str, np.ndarray]:
         requests, steps = self.requests, self.runner.steps
         rows = self.sampler.rows(
