@@ -68,6 +68,14 @@ def swiglu(
     itemsize = rows.dtype.itemsize
     done = min(M // tile, tiles) * tile
     reads = min(E, tiles) if width == F else min(M // tile, tiles)
+    weights_bytes, row_bytes = 6 * width * D * gate_proj.dtype.itemsize, tile * D * (4 * itemsize + 2 * 4)
+    vmem_bytes = weights_bytes + row_bytes + 4 * tile * width * 4 + 4 * 2**20
+    if not interpret:
+        # The kernel streams the weights while it multiplies. Fetched whole into VMEM before it starts, they would drive
+        # the activations around it out to HBM.
+        gate_proj, up_proj, down_proj = (
+            pltpu.with_memory_space_constraint(w, pltpu.HBM) for w in (gate_proj, up_proj, down_proj)
+        )
     up_spec = pl.BlockSpec((1, width, D), lambda i, f, owner: (owner[i], f, 0))
     row_spec = pl.BlockSpec((tile, D), lambda i, f, owner: (i, 0))
     return pl.pallas_call(
@@ -81,7 +89,7 @@ def swiglu(
         ),
         out_shape=jax.ShapeDtypeStruct(rows.shape, rows.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=3 * WEIGHTS_VMEM_BYTES
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=vmem_bytes
         ),
         cost_estimate=pl.CostEstimate(
             flops=6 * done * D * F,
