@@ -127,11 +127,23 @@ def _one_block(
     route = order[jnp.clip(slot - shift[expert], 0, order.shape[0] - 1)]
     token = lax.div(route, jnp.int32(C))
     here = jnp.clip(ends - k * block, 0, block) - jnp.clip(starts - k * block, 0, block)
-    each = swiglu(x[token], here, gate_proj, up_proj, down_proj)
+    each = swiglu(_only_real(x[token], real), here, gate_proj, up_proj, down_proj)
     # Undefined rows and padding must not reach the sum, not even as NaN times zero.
     each = jnp.where(real[:, None], each.astype(jnp.float32), 0)
     each = each * weights.reshape(-1)[route, None].astype(jnp.float32)
     return total.at[token].add(each)
+
+
+@jax.custom_vjp
+def _only_real(rows: jax.Array, real: jax.Array) -> jax.Array:
+    """Return the rows; their gradient where they are not real is undefined too, and stops here."""
+    del real
+    return rows
+
+
+_only_real.defvjp(
+    lambda rows, real: (rows, real), lambda real, slope: (jnp.where(real[:, None], slope, 0).astype(slope.dtype), None)
+)
 
 
 def ragged_swiglu(
