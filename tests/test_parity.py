@@ -215,7 +215,9 @@ def test_red_at_the_right_place(fault, folders, monkeypatch):
         assert all(measure.ok for measure in report.measures if not measure.place.startswith(layer))
 
 
-@pytest.mark.parametrize("fault", ["wrong theta", "bfloat16 angles", "yarn dropped", "two experts swapped"])
+@pytest.mark.parametrize(
+    "fault", ["wrong theta", "bfloat16 angles", "yarn dropped", "two experts swapped", "one expert too few"]
+)
 def test_large_faults_are_red_in_bfloat16_too(fault, folders, monkeypatch):
     folder, plant, place = FAULTS[fault]
     plant(monkeypatch)

@@ -133,7 +133,7 @@ def run(
     bounds = TOLERANCES[dtype] if tolerances is None else tolerances
     ops = formulations.for_platform(jax.default_backend()) if ops is None else ops
     theirs, ours = reference_type(checkpoint.folder, dtype), Subject(checkpoint, dtype, ops)
-    comparison = _Comparison(bounds, segment_ids > 0, config.num_experts_per_tok)
+    comparison = _Comparison(bounds, segment_ids > 0)
     L = config.num_hidden_layers
     # A float32 product must be one: TPU and GPU round its inputs to fewer bits unless told otherwise.
     precision = jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
@@ -232,8 +232,8 @@ def _given(folder: Path, vocab_size: int, tokens: Any, prompt: str | None) -> np
 class _Comparison:
     """Collects measures. Arrays come as [B, T, ...]; only tokens where `kept` [B, T] is true count."""
 
-    def __init__(self, tolerances: Tolerances, kept: np.ndarray, experts_per_token: int):
-        self.tolerances, self.kept, self.experts_per_token = tolerances, kept, experts_per_token
+    def __init__(self, tolerances: Tolerances, kept: np.ndarray):
+        self.tolerances, self.kept = tolerances, kept
         self.strayed = np.zeros_like(kept)  # tokens that met other experts somewhere in our own stream
         self.measures: list[Measure] = []
 
@@ -262,7 +262,7 @@ class _Comparison:
             path = f"layers.{i}.{place}"
             if place == "mlp.router_experts":
                 differing = ~_same_set(isolated, reference) & self.kept
-                ties = differing & self._near_tie(theirs["mlp.router_logits"])
+                ties = differing & self._explained_by_rounding(isolated, reference, theirs["mlp.router_logits"])
                 elsewhere = ~_same_set(accumulated, reference) & self.kept
                 self.strayed = self.strayed | elsewhere
                 count = self.kept.sum()
@@ -290,14 +290,18 @@ class _Comparison:
             else:
                 self.compare(path, isolated, accumulated, reference, without=ties)
 
-    def _near_tie(self, router_logits: np.ndarray) -> np.ndarray:
-        """Say for which tokens the last chosen and the first rejected expert are closer than rounding tells apart."""
-        C, E = self.experts_per_token, router_logits.shape[-1]
-        if C == E:
+    def _explained_by_rounding(self, ours: np.ndarray, theirs: np.ndarray, router_logits: np.ndarray) -> np.ndarray:
+        """Say for which tokens [B, T] every expert that only one side chose lies so close to the line between PyTorch's
+        last chosen and first rejected one that logits within tolerance can fall on either side of it."""
+        if ours.shape != theirs.shape:
             return np.zeros_like(self.kept)
-        ordered = np.sort(router_logits, axis=-1)
-        margin = ordered[..., E - C] - ordered[..., E - C - 1]
-        return margin <= 2 * self.tolerances.isolated * np.abs(router_logits[self.kept]).max()
+        band = 2 * self.tolerances.isolated * np.abs(router_logits[self.kept]).max()
+        chosen = [_by_expert(np.ones(x.shape), x, router_logits.shape[-1]) > 0 for x in (ours, theirs)]
+        worst_chosen = np.min(router_logits, axis=-1, keepdims=True, where=chosen[1], initial=np.inf)
+        best_rejected = np.max(router_logits, axis=-1, keepdims=True, where=~chosen[1], initial=-np.inf)
+        added, dropped = chosen[0] & ~chosen[1], chosen[1] & ~chosen[0]
+        far = (added & (router_logits < worst_chosen - band)) | (dropped & (router_logits > best_rejected + band))
+        return np.asarray(~far.any(axis=-1))
 
     def compare_logits(
         self, ours: Subject, theirs: Any, reference_hidden: np.ndarray, hidden: np.ndarray, vocab_size: int

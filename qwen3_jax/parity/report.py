@@ -92,8 +92,9 @@ def rows_of(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
 class Measure:
     """Hold one place's differences and its verdict.
 
-    For `mlp.router_experts` there is no difference but the share of tokens whose expert set differs: `ties` of them lie
-    closer to the next expert than twice the tolerance of the router logits, so rounding decides, and are no fault.
+    For `mlp.router_experts` there is no difference but the share of tokens whose expert set differs: for `ties` of
+    them the experts in question score closer to each other than twice the tolerance of the router logits, so rounding
+    decides: no fault.
     """
 
     place: str
@@ -166,7 +167,8 @@ class Report:
     @property
     def verdict(self) -> str:
         if self.ok:
-            return f"ok: all {len(self.measures)} places and the logits equal PyTorch's within tolerance"
+            judged = f" (logits judged on {1 - self.logits.strayed:.0%} of the tokens)" if self.logits.strayed else ""
+            return f"ok: all {len(self.measures)} places and the logits equal PyTorch's within tolerance{judged}"
         measure = next((m for m in self.measures if not m.ok), None)
         if measure is None:
             far = self.logits.judged.relative
