@@ -93,8 +93,13 @@ class Runner:
         self.compile_s = 0.0
 
     def capacity(self, tokens: int) -> int:
-        """Return the bucket of cache slots for this many positions."""
-        return min(_bucket(tokens, CACHE_SLOTS), _whole(self.context, CACHE_SLOTS))
+        """Return the bucket of cache slots for this many positions: a power of two, or one and a half of one.
+
+        Decoding reads every slot, so the finer steps save up to a quarter of what attention reads.
+        """
+        power = _bucket(tokens, CACHE_SLOTS)
+        bucket = 3 * power // 4 if tokens <= 3 * power // 4 and power > CACHE_SLOTS else power
+        return min(_whole(bucket, CACHE_SLOTS), _whole(self.context, CACHE_SLOTS))
 
     def call(self, name: str, args: tuple[Any, ...], *, key: tuple[Any, ...], donate: tuple[int, ...] = (), **static):
         """Run a step, compiling it if `key` is new."""
