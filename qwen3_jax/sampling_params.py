@@ -142,6 +142,8 @@ _GENERATION_KEYS = {
 }
 # Keys of transformers' GenerationConfig that change the text, with the values that switch them off.
 _GENERATION_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "max_length": (None, 20),
+    "min_length": (None, 0),
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
     "penalty_alpha": (None, 0, 0.0),

@@ -99,6 +99,9 @@ def test_streams_say_what_generate_says(generator):
         assert (pieces[b, "reasoning"], pieces[b, "answer"]) == (completion.reasoning, completion.answer)
     one_by_one = generator.generate(TEXTS, batch_size=1, **settings)
     assert [c.token_ids for c in one_by_one] == [c.token_ids for c in whole]
+    abandoned = generator.stream(TEXTS, **settings)
+    next(abandoned)
+    abandoned.close()
     again = generator.generate(TEXTS[1:2], max_tokens=16, temperature=1.0, seed=one_by_one[1].seed)
     assert again[0].token_ids == whole[1].token_ids
 
