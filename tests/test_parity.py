@@ -390,6 +390,7 @@ def test_a_full_size_folder_one_layer_at_a_time(dtype, tmp_path):
         cwd=Path(__file__).parents[1],
         env=os.environ,
     )
+    shutil.rmtree(tmp_path)  # 1.2 GB, which pytest would keep for three sessions
     report = json.loads(result.stdout)
     assert report["ok"], report["verdict"]
     assert report["logits"]["difference"]["max_abs"] / report["logits"]["difference"]["largest"] <= (
