@@ -459,3 +459,10 @@ def share(value: Any) -> Any:
     if is_main():
         padded[:] = np.frombuffer(text, np.uint8)
     return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
+
+
+def fetch(tree: Any) -> Any:
+    """Return arrays on the mesh as numpy arrays, whole, on every process; all processes call this together."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

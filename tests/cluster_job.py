@@ -19,6 +19,8 @@ from qwen3_jax.checkpoint import orbax_sharded
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.plain import XLA
+from qwen3_jax.runner import Batch, Request, Runner
+from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.sharding import RULES
 from tests import counting
 
@@ -65,6 +67,16 @@ def logits_of(folder, text, tokens):
     return np.concatenate(outs, axis=1), sum(read), needed, params
 
 
+def sampled(config, params, ops, mesh=None):
+    """Return the tokens [n, B] of `runner.Batch`, sampled with a seed per row; the mesh splits rows over processes."""
+    runner = Runner(config, params, dtype="float32", ops=ops if mesh is None else on_mesh(ops, mesh, RULES["serve"]))
+    settings = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+    requests = [Request([5, 6, 7 + row, 9], settings, seed=row, stop_ids=(), limit=8) for row in range(3)]
+    batch = Batch(runner, requests)
+    calls = [batch.first, batch.decode(7)]
+    return np.concatenate([distributed.fetch(emitted["token"]) for emitted in calls])
+
+
 def main() -> None:
     order = json.loads(Path(sys.argv[1]).read_text())
     with distributed.session(distributed.detect(), timeout_s=60):
@@ -74,10 +86,15 @@ def main() -> None:
             mine = {"read": read, "needed": needed, "devices": jax.device_count(), "local": jax.local_device_count()}
             Path(f"{case['out']}.process{jax.process_index()}.json").write_text(json.dumps(mine))
 
-            def write(case=case, logits=logits):
+            case_mesh = preflight.mesh_of(preflight.Options(mesh=case["mesh"]))
+            config = placement.for_mesh(Qwen3Config.from_file(case["folder"]), case_mesh, RULES["serve"])
+            drawn = sampled(config, params, XLA, case_mesh) if case["sampled"] else np.zeros(0)
+
+            def write(case=case, logits=logits, drawn=drawn):
                 with open(f"{case['out']}.log", "a") as log:
                     log.write(f"written by process {jax.process_index()}\n")
                 np.save(f"{case['out']}.npy", logits)
+                np.save(f"{case['out']}.tokens.npy", drawn)
 
             distributed.once(write)
             config = Qwen3Config.from_file(case["folder"])

@@ -17,7 +17,7 @@ from qwen3_jax.distributed import Cluster, ClusterError, detect, roll_call
 from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sharding import RULES, make_mesh
 from tests import tiny
-from tests.cluster_job import STEPS
+from tests.cluster_job import STEPS, sampled
 from tests.ports import free_port
 from tests.run import Network
 
@@ -64,11 +64,14 @@ def two_processes(tmp_path_factory):
     folders = {kind: tiny.save(home / kind, moe=kind == "moe")[0] for kind in ("dense", "moe")}
     folders["orbax"] = home / "orbax"  # written by one process
     checkpoint.convert(folders["moe"], folders["orbax"], "orbax", progress=False)
-    cases = [{"folder": str(folders[kind]), "mesh": mesh, "out": str(home / f"{kind}-{mesh}")} for kind, mesh in CASES]
+    cases = [
+        {"folder": str(folders[kind]), "mesh": mesh, "out": str(home / f"{kind}-{mesh}"), "sampled": kind == "moe"}
+        for kind, mesh in CASES
+    ]
     order = home / "order.json"
     order.write_text(json.dumps({"tokens": tokens.tolist(), "cases": cases}))
     pair = launch(["-m", "tests.cluster_job", str(order)], 2, devices=4)
-    printed = finish(pair, 240)
+    printed = finish(pair, 600)
     assert [process.returncode for process in pair] == [0, 0], "\n".join(printed)
     return tokens, folders, {key: case["out"] for key, case in zip(CASES, cases, strict=True)}
 
@@ -84,6 +87,13 @@ def test_prefill_and_decode_equal_one_process(case, two_processes):
     expected = alone.logits_in_pieces(whole, pieces, capacity=whole.shape[1])
     chex.assert_trees_all_close(logits, expected, atol=1e-5, rtol=0)
     chex.assert_trees_all_equal(chosen, expected[:, tokens.shape[1] - 1 : -1].argmax(-1).astype(np.int32))
+
+
+def test_sampling_equals_one_process(two_processes):
+    _, folders, outs = two_processes
+    case = CASES[1]
+    config, params = checkpoint.load(folders[case[0]], progress=False)
+    chex.assert_trees_all_equal(np.load(f"{outs[case]}.tokens.npy"), sampled(config, params, XLA))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -23,7 +23,7 @@ from qwen3_jax.sharding import ShardingError, make_mesh
 from tests.ports import free_port
 
 LONG = 10_000_000  # rounds: the collectives outlive any test
-BOUND_S = 120  # far beyond every time-out below: reaching it is a hang
+BOUND_S = 600  # far beyond every time-out below: reaching it is a hang
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_a_killed_worker_is_named_by_all(victim, monkeypatch, capsys):
 
 
 def test_a_stopped_worker_is_named_by_all(monkeypatch, capsys):
-    group = Group(monkeypatch, Options(mib=0.001, rounds=LONG, patience_s=6))
+    group = Group(monkeypatch, Options(mib=0.001, rounds=LONG, patience_s=10))
     group.reach("running collectives")
     os.kill(group.supervisors[1].worker.pid, signal.SIGSTOP)
     assert group.wait() == {0: PEER_LOST, 1: PEER_LOST}
