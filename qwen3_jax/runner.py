@@ -1,8 +1,9 @@
 """Token ids in, token ids out: run a batch of prompts through the jitted steps with few compiled programs.
 
-Shapes are bucketed to powers of two (rows, prompt tokens, cache slots), so a new length inside a bucket runs a program
-that exists. Programs are compiled ahead of their first call: `Runner.compile_s` is exactly what compiling cost. A cache
-starts small and doubles as its rows grow. Prompts longer than `prefill_tokens` are prefilled in parts of that size.
+Shapes are bucketed (rows and prompt tokens to powers of two, cache slots in steps of a half), so a new length inside a
+bucket runs a program that exists. Programs are compiled ahead of their first call: `Runner.compile_s` is exactly what
+compiling cost. A cache starts small and is copied into a larger one as its rows grow. Prompts longer than
+`prefill_tokens` are prefilled in parts of that size.
 
     batch = Batch(runner, requests)      # prefill and first token, dispatched
     tokens = batch.read(batch.first)     # waits for the device
@@ -29,7 +30,7 @@ from qwen3_jax.steps import CALL, Steps
 
 PROMPT_TOKENS = 16  # smallest buckets
 CACHE_SLOTS = 128
-HEADROOM = 256  # generated tokens that a new cache has room for; it doubles when they are used up
+HEADROOM = 256  # generated tokens that a new cache has room for; it grows when they are used up
 
 
 class PromptError(ValueError):
