@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
+from qwen3_jax import cli_mesh
 from qwen3_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -317,6 +318,9 @@ Commands = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Parity, subcommand("parity")]
     | Annotated[Models, subcommand("models")]
+    | Annotated[cli_mesh.Shardings, subcommand("shardings")]
+    | Annotated[cli_mesh.Plan, subcommand("plan")]
+    | Annotated[cli_mesh.Preflight, subcommand("preflight")]
     | Annotated[Demo, subcommand("demo")]
 )
 

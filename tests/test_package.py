@@ -21,6 +21,7 @@ FLOORS = [
     ["ops"],
     ["rope", "cache"],
     ["model"],
+    ["sampling_params"],
     ["sampling"],
     ["checkpoint"],
     ["placement"],
@@ -29,6 +30,7 @@ FLOORS = [
     ["runner"],
     ["distributed", "generate", "shardings", "plan", "parity"],
     ["preflight"],
+    ["cli_mesh"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
