@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+from typing import Any
 
 import chex
 import jax
@@ -108,7 +109,7 @@ def test_oracle_equals_transformers():
         hidden_size=D, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=C, hidden_act="silu"
     )
     config._experts_implementation = "eager"
-    theirs = Qwen3MoeExperts(config)
+    theirs: Any = Qwen3MoeExperts(config)
     x, weights, gate, up, down = (np.asarray(a) for a in arrays(R))
     experts, slope, (out, gradients) = expected("random", R)
     with torch.no_grad():
@@ -143,9 +144,12 @@ def test_oracle_equals_transformers():
         pytest.param(functools.partial(moe.grouped, expected=4, align=4), id="grouped, aligned, many rounds"),
     ],
 )
-@pytest.mark.parametrize("R", [1, 13])
-def test_one_device(function, R):
-    assert_equals_oracle(function, R)
+def test_one_device(function):
+    assert_equals_oracle(function, 13)
+
+
+def test_one_row():
+    assert_equals_oracle(functools.partial(moe.grouped, align=4), 1)
 
 
 @pytest.mark.parametrize("expected_routes", [None, 8])
@@ -177,8 +181,8 @@ def test_undefined_rows_do_not_leak():
     """Rows that no group holds may come back as anything, NaN included, and so may their gradients."""
 
     @jax.custom_vjp
-    def hostile(rows, sizes, *stacks):
-        out = moe.ragged_swiglu(rows, sizes, *stacks)
+    def hostile(rows, sizes, gate_proj, up_proj, down_proj):
+        out = moe.ragged_swiglu(rows, sizes, gate_proj, up_proj, down_proj)
         return jnp.where(jnp.arange(rows.shape[0])[:, None] < jnp.sum(sizes), out, jnp.nan)
 
     def backward(saved, slope):
@@ -197,10 +201,12 @@ def test_undefined_rows_do_not_leak():
 def test_bfloat16_rounds_like_the_oracle():
     x, weights, *stacks = arrays(32, jnp.bfloat16)
     experts = routing("random", 32, jax.random.key(3))
-    exact = moe.dense(*(a.astype(jnp.float32) for a in (x, weights)), experts, *(a.astype(jnp.float32) for a in stacks))
+    exact = jax.jit(moe.dense)(
+        *(a.astype(jnp.float32) for a in (x, weights)), experts, *(a.astype(jnp.float32) for a in stacks)
+    )
     scale = jnp.max(jnp.abs(exact))
     for function in (moe.dense, moe.every, moe.grouped):
-        got = function(x, weights, experts, *stacks)
+        got = jax.jit(function)(x, weights, experts, *stacks)
         chex.assert_type(got, jnp.bfloat16)
         assert float(jnp.max(jnp.abs(got.astype(jnp.float32) - exact)) / scale) < 0.02
 
@@ -211,7 +217,7 @@ ON_MESHES = [
     for algorithm, quickly in {
         "replicated": [(2, 1, 2, 2), (1, 1, 1, 8)],
         "gather": [(2, 1, 2, 2), (1, 1, 8, 1)],
-        "all_to_all": [(2, 1, 2, 2), (1, 1, 8, 1), (1, 1, 4, 2)],
+        "all_to_all": [(2, 1, 2, 2), (1, 1, 4, 2)],
         "ragged_all_to_all": [(1, 1, 4, 2)],
     }.items()
     for sizes in [(1, 1, 8, 1), (1, 1, 4, 2), (2, 1, 2, 2), (1, 2, 2, 2), (1, 1, 1, 8), (2, 2, 2, 1)]
@@ -340,12 +346,12 @@ def test_tpu_takes_the_weights_as_they_are(v5e, R):
     function = functools.partial(moe_tpu.moe, expected=R // 2)
     place = jax.sharding.SingleDeviceSharding(v5e[0])
     compiled = jax.jit(function).lower(*abstract(R, place, E=8, D=1024, F=768)).compile()
-    text = compiled.as_text()
+    text = str(compiled.as_text())
     layouts = set(re.findall(r"bf16\[8,(?:768,1024|1024,768)\]\{([\d,]+)", text))
     assert layouts == {"2,1,0"}
     assert "ragged-dot" not in text
     assert ("grouped_swiglu" in text) == (R == 2048)
-    assert compiled.memory_analysis().temp_size_in_bytes < 16 * R * 1024
+    assert temporaries(compiled) < 16 * R * 1024
 
 
 @pytest.mark.tpu
@@ -371,7 +377,13 @@ def compile_on_mesh(devices, R: int, algorithm: str | None) -> str:
     mesh = make_mesh(expert=4, model=4, devices=devices)
     ops = ops_mesh.on_mesh(XLA._replace(moe=moe_tpu.moe), mesh, RULES["serve"], experts=algorithm)
     rows, stacks = (NamedSharding(mesh, PartitionSpec(axes)) for axes in ("expert", ("expert", "model")))
-    return jax.jit(ops.moe).lower(*abstract(R, rows, E=64, D=512, F=256, stacks=stacks)).compile().as_text()
+    compiled = jax.jit(ops.moe).lower(*abstract(R, rows, E=64, D=512, F=256, stacks=stacks)).compile()
+    return str(compiled.as_text())
+
+
+def temporaries(compiled: Any) -> int:
+    """Return the bytes of a compiled program's temporaries on one device."""
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_gpu_compiles_for_h100():
@@ -386,5 +398,5 @@ def test_gpu_compiles_for_h100():
         return jax.grad(lambda x, *stacks: jnp.sum(moe_gpu.moe(x, weights, experts, *stacks)))(x, *stacks)
 
     jax.jit(slopes).lower(*arguments).compile()
-    ours, xlas = (jax.jit(f).lower(*arguments).compile().memory_analysis() for f in (moe_gpu.moe, moe.grouped))
-    assert ours.temp_size_in_bytes < 128 * 2**20 < 1024 * 2**20 < xlas.temp_size_in_bytes
+    ours, xlas = (jax.jit(f).lower(*arguments).compile() for f in (moe_gpu.moe, moe.grouped))
+    assert temporaries(ours) < 128 * 2**20 < 1024 * 2**20 < temporaries(xlas)

@@ -304,5 +304,5 @@ def _swap(
     starts = jnp.arange(outgoing.shape[0], dtype=jnp.int32) * room
     there = jnp.full_like(starts, lax.axis_index(axes) * room)
     return lax.ragged_all_to_all(
-        rows, jnp.zeros_like(rows), starts, outgoing, there, incoming, axis_name=axes if len(axes) > 1 else axes[0]
+        rows, jnp.zeros_like(rows), starts, outgoing, there, incoming, axis_name=axes[0] if len(axes) == 1 else axes
     )
