@@ -92,6 +92,7 @@ class Attention(nnx.Module):
         path: str,
     ) -> tuple[jax.Array, LayerCache | None]:
         taps(f"{path}.input", x)
+        x = self.ops.spread(x)
         q = self.ops.einsum("BTD,NHD->BTNH", x, self.q_proj[...])
         k = self.ops.einsum("BTD,KHD->BTKH", x, self.k_proj[...])
         v = self.ops.einsum("BTD,KHD->BTKH", x, self.v_proj[...])
@@ -127,6 +128,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, taps: Taps, path: str) -> jax.Array:
         taps(f"{path}.input", x)
+        x = self.ops.spread(x)
         gate = self.ops.einsum("BTD,FD->BTF", x, self.gate_proj[...])
         up = self.ops.einsum("BTD,FD->BTF", x, self.up_proj[...])
         out = self.ops.einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, self.down_proj[...])
@@ -204,9 +206,9 @@ class DecoderLayer(nnx.Module):
         taps(f"{path}.input", x)
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
         mixed, cache = self.self_attn(normed, cos, sin, positions, segment_ids, cache, fresh, taps, f"{path}.self_attn")
-        x = self.ops.constrain(x + mixed, "batch length hidden")
+        x = self.ops.constrain(x + mixed, "batch stream hidden")
         mixed = self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps), taps, f"{path}.mlp")
-        x = self.ops.constrain(x + mixed, "batch length hidden")
+        x = self.ops.constrain(x + mixed, "batch stream hidden")
         taps(f"{path}.output", x)
         return x, cache
 
@@ -265,8 +267,8 @@ class Qwen3(nnx.Module):
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids with a cache: packed rows have no cache, give each sequence a row of its own")
         taps = Taps() if taps is None else taps
-        x = self.embed_tokens[...][tokens] if inputs_embeds is None else inputs_embeds
-        x = self.ops.constrain(x.astype(self.dtype), "batch length hidden")
+        x = self.ops.embed(self.embed_tokens[...], tokens) if inputs_embeds is None else inputs_embeds
+        x = self.ops.constrain(x.astype(self.dtype), "batch stream hidden")
         taps("embed_tokens", x)
         cos, sin = self.rope_angles(positions)
         layer_caches = []
@@ -288,9 +290,9 @@ class Qwen3(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden [B, T, D] to vocabulary logits [B, T, V] in float32; give it only the positions you need."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        hidden = self.ops.constrain(hidden, "head_batch length hidden")
+        hidden = self.ops.constrain(hidden, "head_batch head_length hidden")
         logits = self.ops.einsum("BTD,VD->BTV", hidden, head[...], out_dtype=jnp.float32)
-        return self.ops.constrain(logits, "head_batch length vocab")
+        return self.ops.constrain(logits, "head_batch head_length vocab")
 
 
 def declare(

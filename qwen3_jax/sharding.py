@@ -40,6 +40,28 @@ RULES: dict[str, Rules] = {
         "router": (),  # small, and every row needs all of it
         "slots": (),
         "length": (),
+        "head_length": (),
+        "stream": (),
+        "hidden": (),
+    },
+    # Serving's weights, other activations: few rows of many tokens. `data` alone splits rows, `expert` a row's queries
+    # and `expert` with `model` the residual stream between the layers, with its norms, router and experts' rows.
+    "prefill": {
+        "batch": ("data", "fsdp"),
+        "vocab": ("expert", "model"),
+        "head_batch": ("data", "fsdp"),
+        "embed": (),
+        "heads": ("model",),
+        "kv_heads": ("model",),
+        "head_dim": (),
+        "mlp": ("model",),
+        "experts": ("expert", "model"),
+        "expert_mlp": (),
+        "router": (),
+        "slots": (),
+        "length": ("expert",),
+        "head_length": (),
+        "stream": ("expert", "model"),
         "hidden": (),
     },
     "train": {
@@ -56,6 +78,8 @@ RULES: dict[str, Rules] = {
         "router": (),  # small, and every row needs all of it
         "slots": (),
         "length": (),
+        "head_length": (),
+        "stream": (),
         "hidden": (),
     },
 }

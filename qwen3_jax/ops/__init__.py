@@ -5,7 +5,7 @@ meant; `plain.XLA` is the portable formulation; `cpu.CPU` is what XLA's CPU back
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -24,8 +24,9 @@ class Ops(NamedTuple):
     axes ("BTD,NHD->BTNH"). The result has x's dtype, or out_dtype, accumulated in float32 at least."""
 
     attend: Callable[..., jax.Array]
-    """(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], segment_ids [B,T] | None, scale) -> [B,T,N,H]: causal by index, within
-    equal segment ids. Query head n reads kv head n // (N/K)."""
+    """(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], segment_ids [B,S] | None, scale, start=0) -> [B,T,N,H]: causal by index,
+    within equal segment ids. Query head n reads kv head n // (N/K). T = S, or q is the part of the queries that begins
+    at index start (int32)."""
 
     init_cache: Callable[..., LayerCache]
     """(batch, capacity, kv_heads, head_dim, dtype) -> one layer's empty cache; its arrays' layout is private."""
@@ -47,7 +48,14 @@ class Ops(NamedTuple):
     """The logical axis names of each array of a layer's cache, for its sharding."""
 
     constrain: Callable[[jax.Array, str], jax.Array] = lambda x, axes: x
-    """(x, "batch length hidden") -> x, laid out over the mesh by those logical axes; without a mesh x itself."""
+    """(x, "batch stream hidden") -> x, laid out over the mesh by those logical axes; without a mesh x itself."""
+
+    embed: Callable[[jax.Array, jax.Array], jax.Array] = lambda table, tokens: table[tokens]
+    """(table [V,D], tokens [B,T]) -> [B,T,D]: look tokens up."""
+
+    spread: Callable[[jax.Array], Any] = lambda x: x
+    """x [B,T,D] -> what the linear layers on it take: x itself, or on a mesh that splits the stream its `ring.Pieces`,
+    sent once for all of them."""
 
 
 def for_platform(platform: str) -> Ops:
@@ -60,7 +68,16 @@ def for_platform(platform: str) -> Ops:
         from qwen3_jax.ops.cpu import CPU
 
         return CPU
-    if platform in ("tpu", "gpu", "cuda", "rocm"):
+    if platform == "tpu":
+        from qwen3_jax.ops.tpu import TPU
+
+        return TPU
+    if platform in ("gpu", "cuda"):
+        from qwen3_jax.ops import moe_gpu
+        from qwen3_jax.ops.plain import XLA
+
+        return XLA._replace(moe=moe_gpu.moe)
+    if platform == "rocm":
         from qwen3_jax.ops.plain import XLA
 
         return XLA

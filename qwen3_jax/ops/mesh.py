@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen3_jax.ops import LayerCache, Ops, moe_parallel
+from qwen3_jax.ops import LayerCache, Ops, moe_parallel, ring
 from qwen3_jax.sharding import Rules, spec
+
+ROW_PARALLEL = ("BTNH,DNH->BTD", "BTF,DF->BTD")
+"""The linear layers whose contracted axis is split: their results are summed over devices."""
 
 
 def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -> Ops:
@@ -28,7 +31,7 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         experts: the algorithm of the MoE layers, one of `moe_parallel.ALGORITHMS`; None leaves it to
             `moe_parallel.choose`, layer by layer.
     """
-    place = moe_parallel.island(mesh.shape, rules)
+    place = moe_parallel.island(mesh.shape, {**rules, "length": rules["stream"]})
     platform = mesh.devices.flat[0].platform
     algorithm = experts
 
@@ -61,33 +64,92 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         )
         return island(x, weights, experts, gate_proj, up_proj, down_proj)[:R]
 
-    def each(function: Callable[..., Any], batch: int, ins: Any, outs: Any) -> Callable[..., Any]:
+    def each(function: Callable[..., Any], shape: tuple[int, ...], ins: Any, outs: Any) -> Callable[..., Any]:
         """Run a function of one device's rows and heads on every device, by logical axes.
 
-        Rows that do not divide evenly stay whole on every device: right for any batch, wasteful for an uneven one.
+        Args:
+            shape: begins with batch and length. What of the two does not divide evenly stays whole on every device:
+                right for any size, wasteful for an uneven one.
         """
-        even = batch % place.ways(rules["batch"]) == 0
-        table = rules if even else {**rules, "batch": ()}
+        table = {
+            **rules,
+            **{axis: () for axis, size in zip(("batch", "length"), shape, strict=False) if odd(axis, size)},
+        }
         in_specs, out_specs = jax.tree.map(lambda axes: spec(axes, table), (ins, outs))
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    queries, keys = "batch length heads head_dim", "batch length kv_heads head_dim"
+    def odd(axis: str, size: int) -> bool:
+        return size % place.ways(rules[axis]) != 0
+
+    queries, keys = "batch length heads head_dim", "batch slots kv_heads head_dim"
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
-        if segment_ids is None:
-            local = each(lambda q, k, v: ops.attend(q, k, v, None, scale), len(q), (queries, keys, keys), queries)
-            return local(q, k, v)
-        ins = (queries, keys, keys, "batch length")
-        return each(lambda *args: ops.attend(*args, scale), len(q), ins, queries)(q, k, v, segment_ids)
+        split = place.ways(rules["length"]) > 1 and not odd("length", q.shape[1])
+
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, *segment_ids: jax.Array) -> jax.Array:
+            segments = segment_ids[0] if segment_ids else None
+            if not split:
+                return ops.attend(q, k, v, segments, scale)
+            return ops.attend(q, k, v, segments, scale, lax.axis_index(rules["length"]) * q.shape[1])
+
+        more = () if segment_ids is None else (segment_ids,)
+        ins = (queries, keys, keys, *["batch slots"] * len(more))
+        return each(local, q.shape[:2], ins, queries)(q, k, v, *more)
 
     def update_cache(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerCache:
         ins = (ops.cache_axes, keys, keys, "batch")
-        return each(ops.update_cache, len(k), ins, ops.cache_axes)(cache, k, v, start)
+        return each(ops.update_cache, k.shape[:1], ins, ops.cache_axes)(cache, k, v, start)
 
     def attend_cache(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
         ins = (queries, ops.cache_axes, "batch length")
-        return each(lambda *args: ops.attend_cache(*args, scale), len(q), ins, queries)(q, cache, positions)
+        return each(lambda *args: ops.attend_cache(*args, scale), q.shape[:2], ins, queries)(q, cache, positions)
+
+    # Linear layers of a prefill: see `ring`. One axis splits the stream and not the length: the one of the heads.
+    around = tuple(axis for axis in rules["stream"] if axis not in rules["length"] and mesh.shape[axis] > 1)
+    if not around:
+        return ops._replace(
+            constrain=constrain, attend=attend, update_cache=update_cache, attend_cache=attend_cache, moe=moe
+        )
+    (axis,) = around
+    stream = PartitionSpec(rules["batch"], rules["stream"])
+    columns = PartitionSpec(rules["batch"], rules["length"] or None, axis)
+
+    def on_ring(shape: tuple[int, ...]) -> bool:
+        return not odd("batch", shape[0]) and shape[1] % (2 * place.ways(rules["stream"])) == 0
+
+    def spread(x: jax.Array) -> jax.Array | ring.Pieces:
+        if not on_ring(x.shape):
+            return x
+        sent = jax.shard_map(
+            partial(ring.gather, axis=axis), mesh=mesh, in_specs=stream, out_specs=stream, check_vma=False
+        )
+        return sent(x)
+
+    def einsum(spec_: str, x: jax.Array | ring.Pieces, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        if isinstance(x, ring.Pieces):
+            return jax.shard_map(
+                lambda x, w: ring.column(x, lambda part: ops.einsum(spec_, part, w, out_dtype), axis),
+                mesh=mesh,
+                in_specs=(stream, PartitionSpec(axis)),
+                out_specs=columns,
+                check_vma=False,
+            )(x, w)
+        if spec_ in ROW_PARALLEL and on_ring(x.shape):
+            return jax.shard_map(
+                lambda x, w: ring.row(x, lambda rows: ops.einsum(spec_, rows, w, out_dtype), axis),
+                mesh=mesh,
+                in_specs=(columns, PartitionSpec(None, axis)),
+                out_specs=stream,
+                check_vma=False,
+            )(x, w)
+        return ops.einsum(spec_, x, w, out_dtype)
 
     return ops._replace(
-        constrain=constrain, attend=attend, update_cache=update_cache, attend_cache=attend_cache, moe=moe
+        constrain=constrain,
+        spread=spread,
+        einsum=einsum,
+        attend=attend,
+        update_cache=update_cache,
+        attend_cache=attend_cache,
+        moe=moe,
     )

@@ -17,12 +17,20 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = 
     return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(out_dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    scale: float,
+    start: jax.Array | int = 0,
+) -> jax.Array:
     """Attend causally within segments; see `Ops.attend`."""
-    T = q.shape[1]
-    allowed = jnp.tril(jnp.ones((T, T), bool))[None]
+    T, S = q.shape[1], k.shape[1]
+    allowed = (jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None])[None]
     if segment_ids is not None:
-        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        own = lax.dynamic_slice_in_dim(segment_ids, start, T, axis=1)
+        allowed = allowed & (own[:, :, None] == segment_ids[:, None, :])
     return _masked_attention(q, k, v, allowed, scale)
 
 

@@ -140,61 +140,77 @@ def attend(
     v: jax.Array,
     segment_ids: jax.Array | None,
     scale: float,
+    start: jax.Array | int = 0,
     *,
     interpret: bool = False,
 ) -> jax.Array:
     """Attend causally within segments; see `Ops.attend`. Packed rows and odd lengths take the plain formulation."""
-    T = q.shape[1]
-    if segment_ids is not None or T % 128 or q.dtype != k.dtype:
-        return plain.attend(q, k, v, segment_ids, scale)
-    return flash(q, k, v, scale, interpret=interpret)
+    if segment_ids is not None or q.shape[1] % 128 or k.shape[1] % 128:
+        return plain.attend(q, k, v, segment_ids, scale, start)
+    return flash(q, k, v, scale, start, interpret=interpret)
 
 
 def flash(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, *, block: int = 512, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    start: jax.Array | int,
+    *,
+    block: int = 512,
+    interpret: bool = False,
 ) -> jax.Array:
     """Attend causally, block by block, with a running softmax (arXiv 2205.14135).
 
-    The query heads that share a key head are multiplied together, as rows of one product. T must be a multiple of 128.
+    The query heads that share a key head are multiplied together, as rows of one product. T and S must be multiples of
+    128. The cost estimate is that of the last T of the S queries, the dearest ones.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    S, K = k.shape[1], k.shape[2]
     G = N // K
     rows = math.gcd(T, max(128, block // G))
-    columns = math.gcd(T, block)
+    columns = math.gcd(S, block)
     q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)  # BKGTH
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # BKTH
-    last = lambda i: ((i + 1) * rows - 1) // columns  # noqa: E731  the last block of keys that block i of queries sees
-    visited = sum(last(i) + 1 for i in range(T // rows))
-    key_spec = pl.BlockSpec((1, 1, columns, H), lambda b, h, i, j: (b, h, jnp.minimum(j, last(i)), 0))
-    query_spec = pl.BlockSpec((1, 1, G, rows, H), lambda b, h, i, j: (b, h, 0, i, 0))
-    item = q.dtype.itemsize
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # BKSH
+
+    def last(i: jax.Array | int, start: jax.Array | int) -> jax.Array:
+        """The last block of keys that block i of the queries sees."""
+        return lax.div(jnp.int32(start + (i + 1) * rows - 1), jnp.int32(columns))
+
+    visited = sum((S - T + (i + 1) * rows - 1) // columns + 1 for i in range(T // rows))
+    query_spec = pl.BlockSpec((1, 1, G, rows, H), lambda b, h, i, j, start: (b, h, 0, i, 0))
+    # A block that is not visited is not fetched: the same index again moves nothing.
+    key_spec = pl.BlockSpec((1, 1, columns, H), lambda b, h, i, j, start: (b, h, jnp.minimum(j, last(i, start[0])), 0))
     out = pl.pallas_call(
         functools.partial(_flash_kernel, scale=scale, last=last),
-        grid=(B, K, T // rows, T // columns),
-        in_specs=[query_spec, key_spec, key_spec],
-        out_specs=query_spec,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, K, T // rows, S // columns),
+            in_specs=[query_spec, key_spec, key_spec],
+            out_specs=query_spec,
+            scratch_shapes=[
+                pltpu.VMEM((G * rows, 128), jnp.float32),
+                pltpu.VMEM((G * rows, 128), jnp.float32),
+                pltpu.VMEM((G * rows, H), jnp.float32),
+            ],
+        ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_shapes=[
-            pltpu.VMEM((G * rows, 128), jnp.float32),
-            pltpu.VMEM((G * rows, 128), jnp.float32),
-            pltpu.VMEM((G * rows, H), jnp.float32),
-        ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=4 * B * N * H * rows * columns * visited,
             transcendentals=B * N * rows * columns * visited,
-            bytes_accessed=item * (2 * q.size + 2 * B * K * visited * columns * H),
+            bytes_accessed=q.dtype.itemsize * (2 * q.size + 2 * B * K * visited * columns * H),
         ),
         interpret=interpret,
-    )(q, k, v)
+    )(jnp.atleast_1d(jnp.int32(start)), q, k, v)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _flash_kernel(q, k, v, out, peak, total, sums, *, scale: float, last) -> None:
+def _flash_kernel(start, q, k, v, out, peak, total, sums, *, scale: float, last) -> None:
     i, j = pl.program_id(2), pl.program_id(3)
     G, rows, H = q.shape[2:]
     columns = k.shape[2]
+    first, end = start[0] + i * rows, last(i, start[0])
 
     @pl.when(j == 0)
     def _():
@@ -207,7 +223,7 @@ def _flash_kernel(q, k, v, out, peak, total, sums, *, scale: float, last) -> Non
         scores = lax.dot_general(queries, k[0, 0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         scores = scores * jnp.float32(scale)
         if masked:
-            at = lax.broadcasted_iota(jnp.int32, (G, rows, columns), 1).reshape(G * rows, columns) + i * rows
+            at = lax.broadcasted_iota(jnp.int32, (G, rows, columns), 1).reshape(G * rows, columns) + first
             slot = lax.broadcasted_iota(jnp.int32, (G * rows, columns), 1) + j * columns
             scores = jnp.where(slot <= at, scores, -jnp.inf)
         before = peak[:, :1]
@@ -218,11 +234,11 @@ def _flash_kernel(q, k, v, out, peak, total, sums, *, scale: float, last) -> Non
         sums[...] = keep * sums[...] + jnp.dot(weights.astype(v.dtype), v[0, 0], preferred_element_type=jnp.float32)
         peak[...] = jnp.broadcast_to(now, peak.shape)
 
-    diagonal = (j + 1) * columns - 1 > i * rows
-    pl.when((j <= last(i)) & diagonal)(lambda: visit(masked=True))
-    pl.when((j <= last(i)) & ~diagonal)(lambda: visit(masked=False))
+    diagonal = (j + 1) * columns - 1 > first
+    pl.when((j <= end) & diagonal)(lambda: visit(masked=True))
+    pl.when((j <= end) & ~diagonal)(lambda: visit(masked=False))
 
-    @pl.when(j == last(i))
+    @pl.when(j == end)
     def _():
         out[0, 0] = (sums[...] / total[:, :1]).astype(out.dtype).reshape(G, rows, H)
 

@@ -20,7 +20,7 @@ from qwen3_jax.ops import Ops, plain
 from qwen3_jax.ops.mesh import on_mesh
 
 PHASES = ("prefill", "decode")
-RULES = {"prefill": "serve", "decode": "serve"}
+RULES = {"prefill": "prefill", "decode": "serve"}
 """Which table of `sharding.RULES` each phase runs under."""
 
 
