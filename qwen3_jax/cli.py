@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import secrets
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +44,14 @@ Thinking = Annotated[
     arg(metavar="{on,off}", help="thinking of hybrid models", help_behavior_hint="(default: the template's)"),
 ]
 System = Annotated[str | None, arg(metavar="TEXT", help="system message", help_behavior_hint="")]
+OnMesh = Annotated[
+    str | None,
+    arg(
+        metavar="AXES",
+        help=f"spread the model over all devices: {cli_mesh.AXES}",
+        help_behavior_hint="(default: one device)",
+    ),
+]
 CompileCache = Annotated[
     str | None,
     arg(
@@ -121,14 +130,31 @@ class Generate:
     thinking: Thinking = None
     json: Json = False
     dtype: Dtype = None
+    mesh: OnMesh = None
     compile_cache: CompileCache = None
     sampling: OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=_Flags)
 
     def run(self) -> int:
         changes = _changes(self.sampling)
-        prompts = list(self.prompt) or [_standard_input()]
         SamplingParams().replace(**changes)  # before a model is loaded
-        generator = _load(self.folder, self.dtype, self.compile_cache)
+        if self.mesh is None:
+            return self._answer(list(self.prompt) or [_standard_input()], changes)
+        from qwen3_jax import distributed
+
+        cluster = distributed.detect()
+        with distributed.session(cluster):
+            # Every process runs the same program on the same prompts and seed; the first one speaks.
+            main = distributed.is_main()
+            prompts = list(self.prompt) or distributed.share([_standard_input()] if main else None)
+            changes["seed"] = changes.get("seed", distributed.share(secrets.randbits(32)))
+            with contextlib.ExitStack() as stack:
+                if not main:
+                    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                return self._answer(prompts, changes)
+
+    def _answer(self, prompts: list[str], changes: dict[str, Any]) -> int:
+        generator = _load(self.folder, self.dtype, self.compile_cache, self.mesh)
         ids = [generator.tokenizer.encode(p) if self.raw else _turn(generator, p, self) for p in prompts]
         if self.json:
             for completion in generator.generate(ids, batch_size=len(ids), **changes):
@@ -391,10 +417,10 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
     print(f"qwen3-jax: warning: {message}", file=sys.stderr)
 
 
-def _load(folder: str, dtype: Dtype, cache: str | None) -> "Generator":
+def _load(folder: str, dtype: Dtype, cache: str | None, mesh: str | None = None) -> "Generator":
     from qwen3_jax.generate import Generator
 
-    return Generator.from_folder(folder, dtype=dtype, cache=cache, progress=True)
+    return Generator.from_folder(folder, dtype=dtype, cache=cache, mesh=mesh, progress=True)
 
 
 def _on(thinking: Thinking) -> bool | None:

@@ -17,16 +17,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qwen3_jax import checkpoint, compile_cache
 from qwen3_jax.checkpoint.folder import open_folder
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model import Params
-from qwen3_jax.ops import Ops
+from qwen3_jax.ops import Ops, for_platform
+from qwen3_jax.ops.mesh import on_mesh
+from qwen3_jax.ops.plain import XLA
+from qwen3_jax.placement import load_sharded
 from qwen3_jax.runner import Batch, PromptError, Request, Runner
 from qwen3_jax.sampling_params import SamplingParams
+from qwen3_jax.sharding import RULES, Rules, make_mesh, parse_mesh
 from qwen3_jax.steps import BROKEN, CALL, IDLE
 from qwen3_jax.text.detokenize import StopStrings
 from qwen3_jax.text.template import ChatTemplate, NoTemplateError, TemplateError
@@ -137,6 +143,8 @@ class Generator:
         dtype: Any = jnp.float32,
         ops: Ops | None = None,
         prefill_tokens: int = 1024,
+        mesh: Mesh | None = None,
+        rules: Rules | None = None,
         load_s: float = 0.0,
     ):
         """Put a model together from its parts; `dtype` is that of activations, see `Runner` for the rest."""
@@ -157,6 +165,8 @@ class Generator:
             stop_text=() if tags is None else tags.stop_ids,
             think_end=-1 if tags is None else tags.close_id,
             prefill_tokens=prefill_tokens,
+            mesh=mesh,
+            rules=rules,
         )
 
     @classmethod
@@ -166,6 +176,7 @@ class Generator:
         *,
         dtype: str | None = None,
         param_dtype: str | None = None,
+        mesh: str | None = None,
         progress: bool = False,
         cache: str | Path | None = None,
     ) -> Self:
@@ -176,6 +187,8 @@ class Generator:
                 generation_config.json gives the `defaults`, without it decoding is greedy.
             dtype: "float32" or "bfloat16", what the network computes in; None is the file's (float32 for float16).
             param_dtype: what the parameters are kept in; None is `dtype`, "file" keeps the file's.
+            mesh: spread the model over all devices: axis sizes as in "data=1,expert=4,model=4". Every process of the
+                mesh makes the same calls and gets the same results.
             progress: show a bar while loading.
             cache: folder of the persistent compile cache, "off", or None for the default; see `compile_cache.enable`.
 
@@ -196,15 +209,27 @@ class Generator:
             template = None
         compile_cache.enable(cache)
         stored = None if param_dtype == "file" else param_dtype or dtype
-        params = found.load(dtype=stored, progress=progress)
+        spread: dict[str, Any] = {}
+        if mesh is None:
+            config, params = found.config, found.load(dtype=stored, progress=progress)
+        else:
+            sizes = parse_mesh(mesh)
+            devices, rules = make_mesh(**sizes, devices=None), RULES["serve"]
+            # The CPU's own formulation is for one device.
+            ops = XLA if jax.default_backend() == "cpu" else for_platform(jax.default_backend())
+            spread = {"ops": on_mesh(ops, devices, rules), "mesh": devices, "rules": rules}
+            config, params = load_sharded(
+                folder, devices, rules, dtype=dtype, param_dtype=param_dtype, ops=spread["ops"], progress=progress
+            )
         return cls(
-            found.config,
+            config,
             params,
             tokenizer,
             template=template,
             defaults=defaults,
             dtype=jnp.dtype(dtype),
             load_s=time.perf_counter() - began,
+            **spread,
         )
 
     def prompt(

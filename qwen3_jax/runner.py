@@ -11,6 +11,7 @@ compiling cost. A cache starts small and is copied into a larger one as its rows
 """
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qwen3_jax import distributed
 from qwen3_jax import ops as ops_
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model import Params, declare
 from qwen3_jax.ops import Ops
 from qwen3_jax.sampling import Sampler
 from qwen3_jax.sampling_params import SamplingParams
+from qwen3_jax.sharding import Rules
 from qwen3_jax.steps import CALL, Steps
 
 PROMPT_TOKENS = 16  # smallest buckets
@@ -70,6 +74,8 @@ class Runner:
         stop_text: Sequence[int] = (),
         think_end: int = -1,
         prefill_tokens: int = 1024,
+        mesh: Mesh | None = None,
+        rules: Rules | None = None,
     ):
         """Take a model.
 
@@ -81,6 +87,8 @@ class Runner:
             stop_text: ids forced when a thinking budget is spent; () if the model does not think.
             think_end: the id of `</think>`.
             prefill_tokens: a power of two, the most prompt tokens per call.
+            mesh: where `params` lie, if they are spread; `ops` is then of `ops.mesh.on_mesh`.
+            rules: the table of `sharding.RULES` they were spread by.
         """
         ops = ops_.for_platform(jax.default_backend()) if ops is None else ops
         graphdef, _ = declare(config, dtype=dtype, ops=ops)
@@ -92,6 +100,8 @@ class Runner:
         self.prefill_tokens = prefill_tokens
         self.programs: dict[tuple[Any, ...], Any] = {}
         self.compile_s = 0.0
+        self.everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self.row_parts = 1 if mesh is None or rules is None else math.prod(mesh.shape[axis] for axis in rules["batch"])
 
     def capacity(self, tokens: int) -> int:
         """Return the bucket of cache slots for this many positions: a power of two, or one and a half of one.
@@ -108,8 +118,11 @@ class Runner:
         program = self.programs.get(key)
         if program is None:
             began = time.perf_counter()
-            function = functools.partial(getattr(self.steps, name), **static)
-            program = self.programs[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            program = jax.jit(functools.partial(getattr(self.steps, name), **static), donate_argnums=donate)
+            if self.everywhere is None:
+                program = program.lower(*args).compile()
+            # On a mesh the compiler chooses where a step's results lie, and the next step takes them from there.
+            self.programs[key] = program
             self.compile_s += time.perf_counter() - began
         return program(*args)
 
@@ -120,7 +133,7 @@ class Batch:
     def __init__(self, runner: Runner, requests: Sequence[Request]):
         self.runner = runner
         self.requests = list(requests)
-        self.size = _bucket(len(requests), 1)
+        self.size = _whole(_bucket(len(requests), 1), runner.row_parts)
         self.sampler = Sampler.of([r.params for r in requests], tokens=runner.tokens)
         self.lengths = np.array([len(r.prompt) for r in requests] + [1] * (self.size - len(requests)), np.int32)
         self.limits = np.zeros(self.size, np.int32)
@@ -128,7 +141,7 @@ class Batch:
         self.halted = np.zeros(self.size, np.bool_)
         self.halted[len(requests) :] = True
         self.issued = 1  # tokens per row that the dispatched calls may have emitted
-        self._rows = jax.device_put(self._lay_out())
+        self._rows = jax.device_put(self._lay_out(), runner.everywhere)
         self._prefill()
 
     @property
@@ -163,7 +176,7 @@ class Batch:
 
     def read(self, emitted: dict[str, jax.Array]) -> dict[str, np.ndarray]:
         """Wait for what `first` or `decode` emitted: "token" [n, B] int32, and log-probabilities if asked for."""
-        return jax.device_get(emitted)
+        return distributed.fetch(emitted)
 
     def wait(self) -> None:
         """Wait until the device has nothing of this batch left to do."""
@@ -218,7 +231,7 @@ class Batch:
         history = self.sampler.history(
             [r.prompt for r in self.requests], batch=size, vocab_size=runner.config.vocab_size
         )
-        args = (runner.params, last, self.lengths, self._rows, jax.device_put(history))
+        args = (runner.params, last, self.lengths, self._rows, jax.device_put(history, runner.everywhere))
         self._state, self.first = runner.call("first", args, key=(size, self._width), donate=(4,), sampler=self.sampler)
 
 
