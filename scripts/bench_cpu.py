@@ -170,7 +170,7 @@ class LlamaCpp:
     name = "llama.cpp"
 
     def __init__(self, gguf: str, dtype: str):
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         began = time.perf_counter()
         self.model = llama_cpp.Llama(gguf, n_ctx=4096, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
@@ -392,20 +392,22 @@ def bench(args: argparse.Namespace) -> None:
                     write_folder(folder, model, dtype)
                 targets = TARGETS[model, dtype]
                 loads, peaks = {}, {}
-                for engine in (Ours.name, Transformers.name):
+                for engine in (Ours.name, Transformers.name) if args.cases == [""] else ():
                     note(began, f"{model} {dtype}: load and memory of {engine}")
                     loads[engine], peaks[engine] = time_loading(engine, folder, dtype, 1 if args.quick else 3)
                 note(began, f"{model} {dtype}: starting the engines")
                 workers = [Worker(Ours.name, folder, dtype), Worker(Transformers.name, folder, dtype)]
                 if llama and model == "dense":
                     workers.append(Worker(LlamaCpp.name, llama, dtype))
-                for case in cases(model):
+                for case in (c for c in cases(model) if str(c).startswith(tuple(args.cases))):
                     note(began, f"{model} {dtype}: {case}, {rounds} rounds")
                     samples = time_case(case, workers, rounds)
                     results.append(result(model, dtype, str(case), samples, case.text, targets[str(case)]))
                     note(began, f"    {results[-1]['text']}, ratio {results[-1]['ratio']:.2f}")
                 for worker in workers:
                     worker.close()
+                if not loads:
+                    continue
                 label = {Ours.name: Ours.name, Transformers.name: "sdpa"}
                 load = {label[k]: v for k, v in loads.items()}
                 results.append(result(model, dtype, "load", load, lambda s: f"{s:.1f} s", 1.0))
@@ -430,6 +432,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed repetitions of every case")
     parser.add_argument("--models", nargs="+", choices=["dense", "moe"], default=["dense", "moe"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--cases", nargs="+", default=[""], help='only cases that begin so: "decode", "prefill 512"')
     parser.add_argument("--folder", help="keep the random weights here and use them again; 10 GB for everything")
     parser.add_argument("--gguf", help="run llama.cpp on this file too (needs llama-cpp-python)")
     parser.add_argument("--out", default="bench_cpu.json")
