@@ -19,6 +19,7 @@ import os
 import platform
 import queue
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -419,9 +420,28 @@ def stop() -> None:
 @contextlib.contextmanager
 def session(cluster: Cluster | None, *, timeout_s: float = 300) -> Iterator[None]:
     """Start, run the body, stop. If the body fails on one process, the others end within SHUTDOWN_S + HEARTBEAT_S."""
-    start(cluster, timeout_s=timeout_s)
-    yield
-    stop()
+    if cluster is None:
+        yield
+        return
+    with _results_only_on_stdout():
+        start(cluster, timeout_s=timeout_s)
+        yield
+        stop()
+
+
+@contextlib.contextmanager
+def _results_only_on_stdout() -> Iterator[None]:
+    """Keep stdout for Python; what libraries print there from C++, as gloo does at every connection, goes to stderr."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    stream = os.fdopen(os.dup(stdout), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    try:
+        with stream, contextlib.redirect_stdout(stream):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def is_main() -> bool:

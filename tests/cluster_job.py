@@ -100,6 +100,8 @@ def main() -> None:
             config = Qwen3Config.from_file(case["folder"])
             orbax_sharded.save(f"{case['out']}.orbax", config, placement.without_repeats(params, config))
             assert Path(f"{case['out']}.npy").exists()  # on every process, as soon as `once` returns
+        if distributed.is_main():
+            print(f"results of {len(order['cases'])} cases")
         try:
             distributed.once(lambda: Path("/nonexistent/x").write_text(""))
         except Exception as error:

@@ -39,17 +39,18 @@ def launch(command: list[str], processes: int, *, devices: int) -> list[subproce
             env=environment | {"QWEN3_PROCESS_ID": str(index)},
             cwd=Path(__file__).parent.parent,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for index in range(processes)
     ]
 
 
-def finish(processes: list[subprocess.Popen], timeout_s: float) -> list[str]:
-    """Wait for all, and return what they printed."""
+def finish(processes: list[subprocess.Popen], timeout_s: float) -> tuple[list[str], list[str]]:
+    """Wait for all, and return what they printed on stdout and stderr."""
     try:
-        return [process.communicate(timeout=timeout_s)[0] for process in processes]
+        printed = [process.communicate(timeout=timeout_s) for process in processes]
+        return [out for out, _ in printed], [err for _, err in printed]
     finally:
         for process in processes:
             process.kill()
@@ -71,8 +72,9 @@ def two_processes(tmp_path_factory):
     order = home / "order.json"
     order.write_text(json.dumps({"tokens": tokens.tolist(), "cases": cases}))
     pair = launch(["-m", "tests.cluster_job", str(order)], 2, devices=4)
-    printed = finish(pair, 600)
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(printed)
+    results, logs = finish(pair, 600)
+    assert [process.returncode for process in pair] == [0, 0], "\n".join(logs)
+    assert results == ["results of 3 cases\n", ""]  # of the first process only, and nothing of gloo's
     return tokens, folders, {key: case["out"] for key, case in zip(CASES, cases, strict=True)}
 
 
@@ -329,6 +331,6 @@ with distributed.session(cluster):
 
 def test_an_exception_on_one_process_ends_the_other():
     pair = launch(["-c", ONE_FAILS], 2, devices=1)
-    printed = finish(pair, 120)
-    assert "ValueError: no luck" in printed[1]
+    _, logs = finish(pair, 300)
+    assert "ValueError: no luck" in logs[1]
     assert [process.returncode != 0 for process in pair] == [True, True]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qwen3_jax import cli
 from qwen3_jax.distributed import Cluster, detect
 
 LAUNCH = Path(__file__).parent.parent / "scripts" / "launch"
@@ -96,6 +97,8 @@ def test_sbatch_runs_preflight_then_generate_on_every_task(tmp_path):
     assert ran.returncode == 0, ran.stderr
     preflight = ["preflight", "/a folder", "--mesh", "model=16"]
     generate = ["generate", "/a folder", PROMPT, "second", "--mesh", "model=16"]
+    for command in (preflight, generate):  # the command line takes them
+        cli._parse(command)
     assert recorded(tmp_path / "log") == [preflight, preflight, generate, generate]
     shown = bash(LAUNCH / "slurm.sbatch", "--dry-run", "/a folder", "model=16", PROMPT, "second")
     words = shlex.split(shown.stdout.replace("$'", "'").splitlines()[0])
