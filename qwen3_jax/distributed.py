@@ -482,7 +482,15 @@ def share(value: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Return arrays on the mesh as numpy arrays, whole, on every process; all processes call this together."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """Return arrays on the mesh as numpy arrays, whole, on every process; all processes call this together.
+
+    What is whole on every process already is read without a program of its own: on CPU such a program could run beside
+    one that is still under way and mix its messages with that one's.
+    """
+
+    def whole(array: Any) -> np.ndarray:
+        if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(whole, tree)
