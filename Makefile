@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench ci clean
+.PHONY: help demo test test-slow lint bench pods ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,11 @@ test: $(VENV)/.test  ## the default test suite, against live PyTorch
 
 test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow -q
+
+pods: $(VENV)/.test  ## compile for TPU slices that need not exist: the checks, then the tables
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
+	$(BIN)/python -m pytest -m tpu -q
+	$(BIN)/python scripts/pods.py
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .

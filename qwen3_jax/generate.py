@@ -142,7 +142,7 @@ class Generator:
         defaults: SamplingParams | None = None,
         dtype: Any = jnp.float32,
         ops: Ops | None = None,
-        prefill_tokens: int = 1024,
+        prefill_tokens: int = 2048,
         mesh: Mesh | None = None,
         rules: Rules | None = None,
         load_s: float = 0.0,
@@ -393,6 +393,8 @@ class Generator:
     def _events(self, requests: list[Request], *, interval_s: float | None) -> Iterator[Event]:
         """Run one batch. `interval_s` asks for calls of about that many seconds; None for the fewest calls."""
         runner = self.runner
+        if jax.process_count() > 1:
+            interval_s = None  # clocks differ, and every process must make the same calls
         began, compiled = time.perf_counter(), runner.compile_s
         batch = Batch(runner, requests)
         try:

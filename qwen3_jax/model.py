@@ -260,17 +260,18 @@ class Qwen3(nnx.Module):
         Raises:
             ValueError: both or neither of tokens and inputs_embeds, or segment_ids with a cache.
         """
-        if (tokens is None) == (inputs_embeds is None):
-            raise ValueError(
-                "give either tokens or inputs_embeds: got " + ("both" if tokens is not None else "neither")
-            )
+        if tokens is not None and inputs_embeds is None:
+            x = self.ops.embed(self.embed_tokens[...], tokens)
+        elif inputs_embeds is not None and tokens is None:
+            x = inputs_embeds
+        else:
+            raise ValueError(f"give either tokens or inputs_embeds: got {'neither' if tokens is None else 'both'}")
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids with a cache: packed rows have no cache, give each sequence a row of its own")
         taps = Taps() if taps is None else taps
-        x = self.ops.embed(self.embed_tokens[...], tokens) if inputs_embeds is None else inputs_embeds
         x = self.ops.constrain(x.astype(self.dtype), "batch stream hidden")
         taps("embed_tokens", x)
-        cos, sin = self.rope_angles(positions)
+        cos, sin = rope.angles_of(self.config, positions)
         layer_caches = []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
@@ -279,13 +280,6 @@ class Qwen3(nnx.Module):
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
         taps("norm", x)
         return x, None if cache is None else layer_caches
-
-    def rope_angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return cos and sin [B, T, H/2], float32, at positions [B, T]."""
-        frequencies, factor = rope.inverse_frequencies(
-            head_dim=self.config.head_dim, theta=self.config.rope_theta, scaling=self.config.rope_scaling
-        )
-        return rope.angles(positions, frequencies, factor)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden [B, T, D] to vocabulary logits [B, T, V] in float32; give it only the positions you need."""

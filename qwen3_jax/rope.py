@@ -61,6 +61,14 @@ def _attention_factor(scaling: RopeScaling) -> float:
     return temperature(1.0)
 
 
+def angles_of(config: Qwen3Config, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin [B, T, H/2] in float32 of a model at integer positions [B, T]."""
+    frequencies, factor = inverse_frequencies(
+        head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling
+    )
+    return angles(positions, frequencies, factor)
+
+
 def angles(positions: jax.Array, frequencies: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin [B, T, H/2] in float32 for integer positions [B, T].
 

@@ -73,7 +73,7 @@ class Runner:
         tokens: int | None = None,
         stop_text: Sequence[int] = (),
         think_end: int = -1,
-        prefill_tokens: int = 1024,
+        prefill_tokens: int = 2048,
         mesh: Mesh | None = None,
         rules: Rules | None = None,
     ):

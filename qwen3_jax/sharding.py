@@ -94,7 +94,7 @@ class ShardingError(ValueError):
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = 1, expert: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None
+    *, data: int = 1, fsdp: int = 1, expert: int = 1, model: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """Make the device mesh; its product must be the number of devices.
 

@@ -56,7 +56,7 @@ class Network:
 
     def taps(self, *patterns: str, **inputs: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return logits [B, T, V] and the intermediates that match the patterns."""
-        shape = np.shape(inputs.get("tokens", inputs.get("inputs_embeds")))[:2]
+        shape = inputs["tokens" if "tokens" in inputs else "inputs_embeds"].shape[:2]
         positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
         arrays = {k: jnp.asarray(v) for k, v in ({"positions": positions} | inputs).items()}
         logits, values = self._forward(self.params, patterns, arrays)

@@ -4,8 +4,6 @@ The bound is relative to the largest value, 1e-5: at real widths a float32 sum h
 summation orders part by about sqrt(terms) units in the last place.
 """
 
-from types import SimpleNamespace
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ from transformers import Qwen3MoeConfig as HFMoeConfig
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from qwen3_jax import model, ops
+from qwen3_jax import model, ops, rope
 from qwen3_jax.config import Qwen3Config
 
 T = 6
@@ -46,10 +44,10 @@ def layer_parameters(config: Qwen3Config, dtype: jnp.dtype) -> tuple[nnx.GraphDe
 def run_layer(config: Qwen3Config, graphdef: nnx.GraphDef, params: dict, x: np.ndarray, positions: np.ndarray):
     @jax.jit
     def forward(params, x, positions):
-        whole = model.Qwen3.rope_angles(SimpleNamespace(config=config), positions)
+        cos, sin = rope.angles_of(config, positions)
         layer = nnx.merge(graphdef, params)
         taps = model.Taps("0.mlp.router_*", "0.mlp.input", "0.self_attn.output")
-        out, _ = layer(x, *whole, positions, None, None, False, taps, "0")
+        out, _ = layer(x, cos, sin, positions, None, None, False, taps, "0")
         return out, taps.values
 
     return jax.tree.map(np.asarray, forward(params, jnp.asarray(x), jnp.asarray(positions)))

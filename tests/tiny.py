@@ -38,7 +38,7 @@ def build(*, moe: bool = False, seed: int = 0, dtype: torch.dtype = torch.float3
     """Build a transformers model in eval mode whose weights, norms included, are random at a scale that matters."""
     settings = (MOE if moe else DENSE) | overrides
     rope = {"rope_type": "default", "rope_theta": settings.pop("rope_theta")} | settings.pop("rope_scaling", {})
-    config = (HFMoeConfig if moe else HFConfig)(**settings, rope_parameters=rope, dtype=dtype)
+    config: Any = (HFMoeConfig if moe else HFConfig)(**settings, rope_parameters=rope, dtype=dtype)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = (Qwen3MoeForCausalLM if moe else Qwen3ForCausalLM)(config)

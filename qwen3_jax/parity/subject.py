@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwen3_jax import model
+from qwen3_jax import model, rope
 from qwen3_jax.checkpoint import Checkpoint
 from qwen3_jax.ops import Ops
 
@@ -49,7 +49,7 @@ class Subject:
         @jax.jit
         def forward(params: Any, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
             taps = model.Taps("*")
-            cos, sin = self.network.rope_angles(positions)
+            cos, sin = rope.angles_of(self.config, positions)
             nnx.merge(graphdef, params)(x, cos, sin, positions, segment_ids, None, False, taps, "layer")
             return taps.values
 
