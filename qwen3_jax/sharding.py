@@ -23,65 +23,32 @@ from qwen3_jax.config import Qwen3Config
 AXES = ("data", "fsdp", "expert", "model")
 Rules = Mapping[str, tuple[str, ...]]
 
+_SERVE: Rules = {
+    "batch": ("data", "fsdp", "expert"),
+    # The head is the largest weight that is read whole in every step: each chip reads its part for all rows.
+    "vocab": ("expert", "model"),
+    "head_batch": ("data", "fsdp"),
+    "embed": (),
+    "heads": ("model",),
+    "kv_heads": ("model",),
+    "head_dim": (),
+    "mlp": ("model",),
+    # Whole experts before slices of experts: half a 128-lane is wasted when 768 is cut into 192.
+    "experts": ("expert", "model"),
+    "expert_mlp": (),
+    "router": (),  # small, and every row needs all of it
+    "slots": (),
+    "length": (),
+    "head_length": (),
+    "stream": (),
+    "hidden": (),
+}
 RULES: dict[str, Rules] = {
-    "serve": {
-        "batch": ("data", "fsdp", "expert"),
-        # The head is the largest weight that is read whole in every step: each chip reads its part for all rows.
-        "vocab": ("expert", "model"),
-        "head_batch": ("data", "fsdp"),
-        "embed": (),
-        "heads": ("model",),
-        "kv_heads": ("model",),
-        "head_dim": (),
-        "mlp": ("model",),
-        # Whole experts before slices of experts: half a 128-lane is wasted when 768 is cut into 192.
-        "experts": ("expert", "model"),
-        "expert_mlp": (),
-        "router": (),  # small, and every row needs all of it
-        "slots": (),
-        "length": (),
-        "head_length": (),
-        "stream": (),
-        "hidden": (),
-    },
+    "serve": _SERVE,
     # Serving's weights, other activations: few rows of many tokens. `data` alone splits rows, `expert` a row's queries
     # and `expert` with `model` the residual stream between the layers, with its norms, router and experts' rows.
-    "prefill": {
-        "batch": ("data", "fsdp"),
-        "vocab": ("expert", "model"),
-        "head_batch": ("data", "fsdp"),
-        "embed": (),
-        "heads": ("model",),
-        "kv_heads": ("model",),
-        "head_dim": (),
-        "mlp": ("model",),
-        "experts": ("expert", "model"),
-        "expert_mlp": (),
-        "router": (),
-        "slots": (),
-        "length": ("expert",),
-        "head_length": (),
-        "stream": ("expert", "model"),
-        "hidden": (),
-    },
-    "train": {
-        "batch": ("data", "fsdp", "expert"),
-        "vocab": ("model",),
-        "head_batch": ("data", "fsdp", "expert"),
-        "embed": ("fsdp",),
-        "heads": ("model",),
-        "kv_heads": ("model",),
-        "head_dim": (),
-        "mlp": ("model",),
-        "experts": ("expert", "model"),
-        "expert_mlp": (),
-        "router": (),  # small, and every row needs all of it
-        "slots": (),
-        "length": (),
-        "head_length": (),
-        "stream": (),
-        "hidden": (),
-    },
+    "prefill": {**_SERVE, "batch": ("data", "fsdp"), "length": ("expert",), "stream": ("expert", "model")},
+    "train": {**_SERVE, "head_batch": ("data", "fsdp", "expert"), "vocab": ("model",), "embed": ("fsdp",)},
 }
 
 
