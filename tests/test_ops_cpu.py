@@ -78,6 +78,14 @@ def test_einsum_refuses_what_is_no_linear_layer(spec):
         cpu.einsum(spec, jnp.ones((2, 3, 4)), jnp.ones((4, 4)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embed(dtype):
+    table, tokens = draw(0, 11, 6, dtype=dtype), jnp.asarray([[3, 3, 10], [0, 7, 3]])
+    chex.assert_trees_all_equal(cpu.embed(table, tokens), np.asarray(table)[np.asarray(tokens)])
+    ct = gradients(lambda table: cpu.embed(table, tokens), table)[0]
+    check(ct, 2 * wide(table) * np.bincount(np.asarray(tokens).ravel(), minlength=11)[:, None], dtype)
+
+
 def attention(q, k, v, allowed, scale) -> np.ndarray:
     """Softmax attention in float64; allowed [B, T, S]."""
     q, k, v = wide(q), wide(k), wide(v)
@@ -224,7 +232,7 @@ def test_decode_copies_neither_weights_nor_cache():
                 x[0], jnp.ones((1, 2), x.dtype), at.astype(jnp.int32)[:, None] % E + jnp.arange(2), *weights["stacks"]
             )
             logits = cpu.einsum("BTD,VD->BTV", x[None], weights["embed"], jnp.float32)
-            x = x + jnp.sum(context) + jnp.argmax(logits).astype(x.dtype)
+            x = x + jnp.sum(context) + cpu.embed(weights["embed"], jnp.argmax(logits, axis=-1)[0])
             return x[None], cache, at + 1
 
         x = jnp.ones((1, 1, D), jnp.bfloat16)

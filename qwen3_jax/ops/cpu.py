@@ -229,7 +229,7 @@ def moe(
 @jax.custom_vjp
 def _moe(x, weights, experts, gate_proj, up_proj, down_proj):
     stacks = (gate_proj, up_proj, down_proj)
-    tiles = _Tiles.of(experts, gate_proj.shape[0])
+    tiles = _Tiles.of(experts, gate_proj.shape[0], x.dtype)
 
     def step(t: jax.Array, out: jax.Array) -> jax.Array:
         expert, first, _ = tiles.at(t)
@@ -248,7 +248,7 @@ def _moe_backward(saved, ct):
     """Walk the same tiles again: each recomputes its expert and adds to that expert's gradient, in float32."""
     x, weights, experts, stacks = saved
     E, C = stacks[0].shape[0], experts.shape[1]
-    tiles = _Tiles.of(experts, E)
+    tiles = _Tiles.of(experts, E, x.dtype)
     token_ct = ct.astype(jnp.float32)
     wide_weights = weights.astype(jnp.float32).reshape(-1)
 
@@ -312,10 +312,10 @@ class _Tiles:
     height: int
 
     @classmethod
-    def of(cls, experts: jax.Array, E: int) -> "_Tiles":
-        """Sort the routes [R, C]."""
+    def of(cls, experts: jax.Array, E: int, dtype: jnp.dtype) -> "_Tiles":
+        """Sort the routes [R, C] for products in dtype."""
         routes = experts.size
-        height = _tile_rows(routes, E)
+        height = _tile_rows(routes, E, dtype)
         flat = jnp.minimum(experts.reshape(-1), E)
         order = jnp.argsort(flat).astype(jnp.int32)
         inverse = jnp.zeros(routes, jnp.int32).at[order].set(jnp.arange(routes, dtype=jnp.int32))
@@ -348,10 +348,15 @@ class _Tiles:
         return lax.fori_loop(0, self.ends[-1], step, state)
 
 
-def _tile_rows(routes: int, E: int) -> int:
-    """Return the tile height: about the mean rows per expert, as a power of two."""
-    mean = routes / E
-    return 1 if routes <= 16 else max(2, min(64, 2 ** math.ceil(math.log2(mean))))
+def _tile_rows(routes: int, E: int, dtype: jnp.dtype) -> int:
+    """Return the tile height, about the mean rows per expert as a power of two.
+
+    With a row per expert or less, float32 takes single rows, for which a matrix-vector product is fastest (8 tokens,
+    8 of 64 experts: 31 against 39 ms a layer), and bfloat16 pairs (18 against 30 ms).
+    """
+    if routes <= E:
+        return 1 if dtype == jnp.float32 or routes <= 16 else 2
+    return max(2, min(64, 2 ** math.ceil(math.log2(routes / E))))
 
 
 CPU = Ops(
@@ -362,6 +367,5 @@ CPU = Ops(
     attend_cache,
     moe,
     {"k": "batch head_dim slots", "v": "batch head_dim slots"},
+    embed=embed,
 )
-if "embed" in Ops._fields:
-    CPU = CPU._replace(embed=embed)
