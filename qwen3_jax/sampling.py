@@ -125,7 +125,7 @@ def remember(history: History, token: jax.Array, active: jax.Array) -> History:
     if not history:
         return history
     row = jnp.arange(token.shape[0])
-    return history | {"counts": history["counts"].at[row, token].add(active.astype(jnp.int32))}
+    return history | {"counts": jnp.asarray(history["counts"]).at[row, token].add(active.astype(jnp.int32))}
 
 
 def sample(sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, history: History) -> jax.Array:
