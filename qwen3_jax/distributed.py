@@ -276,8 +276,10 @@ def _call(cluster: Cluster, mine: dict[str, str], timeout_s: float) -> Attendanc
             threading.Thread(target=hear, args=(line,), daemon=True).start()
 
     def hear(line: Line) -> None:
-        with contextlib.suppress(TimeoutError):
+        try:
             arrived.put((line, line.receive(10)))
+        except TimeoutError:  # who says nothing is a stranger; one of us would ask again
+            line.close()
 
     def fail(reason: str) -> ClusterError:
         for line in lines.values():

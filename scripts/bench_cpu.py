@@ -392,7 +392,7 @@ def bench(args: argparse.Namespace) -> None:
                     write_folder(folder, model, dtype)
                 targets = TARGETS[model, dtype]
                 loads, peaks = {}, {}
-                for engine in (Ours.name, Transformers.name) if args.cases == [""] else ():
+                for engine in (Ours.name, Transformers.name) if {"", "load"} & set(args.cases) else ():
                     note(began, f"{model} {dtype}: load and memory of {engine}")
                     loads[engine], peaks[engine] = time_loading(engine, folder, dtype, 1 if args.quick else 3)
                 note(began, f"{model} {dtype}: starting the engines")
@@ -432,7 +432,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed repetitions of every case")
     parser.add_argument("--models", nargs="+", choices=["dense", "moe"], default=["dense", "moe"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="+", default=[""], help='only cases that begin so: "decode", "prefill 512"')
+    parser.add_argument("--cases", nargs="+", default=[""], help='only cases that begin so: load, decode, "prefill 512"')
     parser.add_argument("--folder", help="keep the random weights here and use them again; 10 GB for everything")
     parser.add_argument("--gguf", help="run llama.cpp on this file too (needs llama-cpp-python)")
     parser.add_argument("--out", default="bench_cpu.json")

@@ -44,6 +44,7 @@ from qwen3_jax.config import ConfigError, Qwen3Config
 ARRAYS = "params"
 FORMAT = "qwen3_jax parameters 1"
 MAX_MANIFEST_BYTES = 32 << 20
+CHUNK_BYTES = 64 << 20  # a slice is read in whole chunks: small enough to waste little, large enough for few files
 
 
 def is_one(folder: Path) -> bool:
@@ -61,8 +62,9 @@ def write(
     leaves = [names.get(params, entry.path) for entry in entries]
     with workers() as pool:
         digests = list(pool.map(_digest, map(np.asarray, leaves)))
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with progress_bar("writing", None, progress), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save((folder / ARRAYS).resolve(), args=ocp.args.PyTreeSave(params))
+        checkpointer.save((folder / ARRAYS).resolve(), args=ocp.args.PyTreeSave(params, save_args=chunks))
     manifest = {
         "format": FORMAT,
         "naming": naming._asdict(),

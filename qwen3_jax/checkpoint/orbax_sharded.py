@@ -36,11 +36,10 @@ from qwen3_jax.checkpoint.hf import (
     workers,
 )
 from qwen3_jax.checkpoint.names import Naming
-from qwen3_jax.checkpoint.orbax_folder import ARRAYS, FORMAT
+from qwen3_jax.checkpoint.orbax_folder import ARRAYS, CHUNK_BYTES, FORMAT
 from qwen3_jax.checkpoint.safetensors_file import PIECE_BYTES, clip
 from qwen3_jax.config import Qwen3Config
 
-CHUNK_BYTES = 64 << 20  # a slice is read in whole chunks: small enough to waste little, large enough for few files
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
