@@ -432,7 +432,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed repetitions of every case")
     parser.add_argument("--models", nargs="+", choices=["dense", "moe"], default=["dense", "moe"])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--cases", nargs="+", default=[""], help='only cases that begin so: load, decode …')
+    parser.add_argument("--cases", nargs="+", default=[""], help="only cases that begin so: load, decode …")
     parser.add_argument("--folder", help="keep the random weights here and use them again; 10 GB for everything")
     parser.add_argument("--gguf", help="run llama.cpp on this file too (needs llama-cpp-python)")
     parser.add_argument("--out", default="bench_cpu.json")
