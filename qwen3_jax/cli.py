@@ -25,7 +25,8 @@ from qwen3_jax import cli_mesh
 from qwen3_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from qwen3_jax.generate import Completion, Event, Generator
+    from qwen3_jax.generate import Event, Generator
+    from qwen3_jax.reply import Completion
 
 OK, DIFFERENT, BAD, INTERRUPTED = 0, 1, 2, 130
 

@@ -10,7 +10,6 @@ turns one call's ids into text, the device runs the next call.
 """
 
 import itertools
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,24 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen3_jax import checkpoint, compile_cache
-from qwen3_jax.checkpoint.folder import open_folder
 from qwen3_jax.config import Qwen3Config
+from qwen3_jax.loaded import LoadedModel, load_model
 from qwen3_jax.model import Params
-from qwen3_jax.ops import Ops, for_platform
-from qwen3_jax.ops.mesh import on_mesh
-from qwen3_jax.ops.plain import XLA
-from qwen3_jax.placement import load_sharded
-from qwen3_jax.runner import Batch, PromptError, Request, Runner
+from qwen3_jax.ops import Ops
+from qwen3_jax.reply import Completion, Piece, Reply, Timings, TokenLogprob
+from qwen3_jax.request import Prompt, PromptError, Request, Requests
+from qwen3_jax.runner import Batch, Runner
 from qwen3_jax.sampling_params import SamplingParams
-from qwen3_jax.sharding import RULES, Rules, make_mesh, parse_mesh
+from qwen3_jax.sharding import Rules
 from qwen3_jax.steps import BROKEN, CALL, IDLE
-from qwen3_jax.text.detokenize import StopStrings
-from qwen3_jax.text.template import ChatTemplate, NoTemplateError, TemplateError
-from qwen3_jax.text.thinking import Label, ThinkingIds, ThinkingStream
-from qwen3_jax.text.tokenizer import Tokenizer, read_json
+from qwen3_jax.text.template import ChatTemplate, TemplateError
+from qwen3_jax.text.thinking import Label
+from qwen3_jax.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]  # raw text, or token ids
 Messages = str | Sequence[Mapping[str, Any]]  # one user turn, or a conversation
 
 STREAM_S = 0.1  # a stream aims at a piece of text this often
@@ -51,66 +46,6 @@ class GenerationError(ValueError):
     def __init__(self, message: str, completions: "list[Completion]"):
         super().__init__(message)
         self.completions = completions
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A generated token, its log-probability under the model, and the best alternatives as (id, log-probability)."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Token counts. `reasoning_tokens` are those of the completion up to `</think>`, both tags included."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the seconds of the batch went, until this row ended.
-
-    `load_s` is the folder's, once per `Generator`; `compile_s` what this batch had to compile; `prefill_s` and
-    `decode_s` run the model; `first_token_s` is from the call to the first token, compiling included;
-    `tokens_per_s` counts this row's tokens after the first, per second of decode.
-    """
-
-    load_s: float
-    compile_s: float
-    prefill_s: float
-    decode_s: float
-    first_token_s: float
-    tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What became of one prompt.
-
-    `reasoning` and `answer` are told apart by the token ids of the thinking tags; without them everything is answer.
-    `token_ids` are all generated ids, the one that ended the row included. `finish_reason` is "stop" (`stop_reason`
-    says which id or string), "length", or "error" (logits that are not finite). `seed` reproduces the row.
-    """
-
-    reasoning: str
-    answer: str
-    token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length", "error"]
-    stop_reason: int | str | None
-    seed: int
-    usage: Usage
-    timings: Timings
-    logprobs: tuple[TokenLogprob, ...] | None = None
-
-    @property
-    def text(self) -> str:
-        """Reasoning and answer in the form that the model writes."""
-        return f"<think>\n{self.reasoning}\n</think>\n\n{self.answer}" if self.reasoning else self.answer
 
 
 @dataclass(frozen=True)
@@ -148,14 +83,13 @@ class Generator:
         load_s: float = 0.0,
     ):
         """Put a model together from its parts; `dtype` is that of activations, see `Runner` for the rest."""
-        tags = ThinkingIds.of(tokenizer)
+        self._asks = Requests(config, tokenizer)
+        self._tags = tags = self._asks.tags
         self.config = config
         self.tokenizer = tokenizer
         self.template = template
         self.defaults = SamplingParams() if defaults is None else defaults
         self.load_s = load_s
-        self._tags = tags
-        self._turn = tokenizer.special.get("<|im_start|>")
         self.runner = Runner(
             config,
             params,
@@ -170,67 +104,30 @@ class Generator:
         )
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: str | Path,
-        *,
-        dtype: str | None = None,
-        param_dtype: str | None = None,
-        mesh: str | None = None,
-        progress: bool = False,
-        cache: str | Path | None = None,
-    ) -> Self:
-        """Load a Hugging Face folder, or a hub id where a network is there.
+    def of(cls, model: LoadedModel, *, prefill_tokens: int = 2048) -> Self:
+        """Put a loaded model to work."""
+        return cls(
+            model.config,
+            model.params,
+            model.tokenizer,
+            template=model.template,
+            defaults=model.defaults,
+            dtype=model.dtype,
+            ops=model.ops,
+            prefill_tokens=prefill_tokens,
+            mesh=model.mesh,
+            rules=model.rules,
+            load_s=model.load_s,
+        )
 
-        Args:
-            folder: with config.json, weights (safetensors or Orbax), tokenizer.json, tokenizer_config.json;
-                generation_config.json gives the `defaults`, without it decoding is greedy.
-            dtype: "float32" or "bfloat16", what the network computes in; None is the file's (float32 for float16).
-            param_dtype: what the parameters are kept in; None is `dtype`, "file" keeps the file's.
-            mesh: spread the model over all devices: axis sizes as in "data=1,expert=4,model=4". Every process of the
-                mesh makes the same calls and gets the same results.
-            progress: show a bar while loading.
-            cache: folder of the persistent compile cache, "off", or None for the default; see `compile_cache.enable`.
+    @classmethod
+    def from_folder(cls, folder: str | Path, **options: Any) -> Self:
+        """Load a Hugging Face folder, or a hub id where a network is there; options as in `loaded.load_model`.
 
         Raises:
             ValueError: a subclass that names the file and the problem, before anything large is read.
         """
-        began = time.perf_counter()
-        folder = checkpoint.resolve(folder)
-        found = open_folder(folder)
-        dtype = dtype or ("bfloat16" if found.config.dtype == "bfloat16" else "float32")
-        tokenizer = Tokenizer.from_folder(folder)
-        settings = folder / "generation_config.json"
-        generation = read_json(settings) if settings.is_file() else {}
-        defaults = SamplingParams.from_generation_config(generation, settings)
-        try:
-            template = ChatTemplate.from_folder(folder)
-        except NoTemplateError:  # a base model: raw prompts only
-            template = None
-        compile_cache.enable(cache)
-        stored = None if param_dtype == "file" else param_dtype or dtype
-        spread: dict[str, Any] = {}
-        if mesh is None:
-            config, params = found.config, found.load(dtype=stored, progress=progress)
-        else:
-            sizes = parse_mesh(mesh)
-            devices, rules = make_mesh(**sizes, devices=None), RULES["serve"]
-            # The CPU's own formulation is for one device.
-            ops = XLA if jax.default_backend() == "cpu" else for_platform(jax.default_backend())
-            spread = {"ops": on_mesh(ops, devices, rules), "mesh": devices, "rules": rules}
-            config, params = load_sharded(
-                folder, devices, rules, dtype=dtype, param_dtype=param_dtype, ops=spread["ops"], progress=progress
-            )
-        return cls(
-            config,
-            params,
-            tokenizer,
-            template=template,
-            defaults=defaults,
-            dtype=jnp.dtype(dtype),
-            load_s=time.perf_counter() - began,
-            **spread,
-        )
+        return cls.of(load_model(folder, **options))
 
     def prompt(
         self,
@@ -337,50 +234,9 @@ class Generator:
                 f"{len(params)} sampling parameters for {len(prompts)} prompts: give one, or one per prompt"
             )
         return [
-            self._request(i, prompt, p.replace(**changes))
+            self._asks.make(prompt, p.replace(**changes), name=f"prompt {i}")
             for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
         ]
-
-    def _request(self, i: int, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-        context = self.runner.context
-        if not ids:
-            raise PromptError(f"prompt {i} is empty: give at least one token")
-        if bad := [t for t in ids if not 0 <= t < self.config.vocab_size]:
-            raise PromptError(f"prompt {i} has token id {bad[0]}: the model has ids 0 to {self.config.vocab_size - 1}")
-        room = context - len(ids)
-        if room < 1:
-            raise PromptError(
-                f"prompt {i} has {len(ids)} tokens, the context of the model is {context}: shorten it to {context - 1}"
-            )
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise PromptError(
-                f"prompt {i} has {len(ids)} tokens and max_tokens is {params.max_tokens}, together "
-                f"{len(ids) + params.max_tokens} of a context of {context}: set max_tokens to {room} or less"
-            )
-        thinks, thought = self._thinking(ids)
-        return Request(
-            prompt=ids,
-            params=params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            stop_ids=(() if params.ignore_eos else self.tokenizer.stop_ids) + params.stop_token_ids,
-            limit=room if params.max_tokens is None else params.max_tokens,
-            thinks=thinks,
-            thought=thought,
-        )
-
-    def _thinking(self, ids: Sequence[int]) -> tuple[bool, int]:
-        """Tell whether the reply to a prompt may still think, and how many tokens of its thinking the prompt holds."""
-        if self._tags is None:
-            return False, 0
-        for n, token in enumerate(reversed(ids), 1):
-            if token == self._tags.close_id:
-                return False, 0
-            if token == self._tags.open_id:
-                return True, n
-            if token == self._turn:
-                break
-        return True, 0
 
     def _finite_events(self, requests: list[Request]) -> Iterator[Event]:
         done: dict[int, Completion] = {}
@@ -414,7 +270,7 @@ class Generator:
             first_token_s=first_s,
             tokens_per_s=0.0,
         )
-        rows = [_Row(self.tokenizer, self._tags, b, request) for b, request in enumerate(batch.requests)]
+        rows = [Reply(self.tokenizer, self._tags, b, request) for b, request in enumerate(batch.requests)]
         yield from _advance(rows, emitted, clock)
         count = CALL if interval_s is None else 1
         under_way: tuple[float, int, dict[str, Any]] | None = None
@@ -444,97 +300,7 @@ class Generator:
             under_way = following
 
 
-Piece = tuple[Label, str]
-
-
-class _Row:
-    """The text of one row as it grows."""
-
-    def __init__(self, tokenizer: Tokenizer, tags: ThinkingIds | None, number: int, request: Request):
-        self.number = number
-        self.request = request
-        self.completion: Completion | None = None
-        self._tags = tags
-        forced = request.thinks and request.params.thinking_budget == 0  # the first token is the stop text's
-        self._opened = tags is not None and (forced or tags.opened_by(request.prompt, tokenizer))
-        self._stream = ThinkingStream(tokenizer, opened=self._opened)
-        params = request.params
-        self._stops: dict[Label, StopStrings] = {
-            "reasoning": StopStrings(params.stop, include_stop=params.include_stop_str_in_output),
-            "answer": StopStrings(params.stop, include_stop=params.include_stop_str_in_output),
-        }
-        self._label: Label | None = None
-        self._text: dict[Label, list[str]] = {"reasoning": [], "answer": []}
-        self._ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-
-    def take(self, token: int, logprob: TokenLogprob | None, clock: Timings) -> list[Piece]:
-        """Take the row's next token; return the text it lets out, and set `completion` if it ends the row."""
-        if token == BROKEN:
-            return self._end("error", None, clock)
-        self._ids.append(token)
-        if logprob is not None:
-            self._logprobs.append(logprob)
-        if token in self.request.stop_ids:
-            return self._end("stop", token, clock)
-        pieces = self._cut(self._stream.feed([token]))
-        if self._matched is not None:
-            return pieces + self._end("stop", self._matched, clock)
-        if len(self._ids) >= self.request.limit:
-            return pieces + self._end("length", None, clock)
-        return pieces
-
-    @property
-    def _matched(self) -> str | None:
-        return self._stops["reasoning"].matched or self._stops["answer"].matched
-
-    def _cut(self, pieces: list[Piece]) -> list[Piece]:
-        """Pass text through the stop strings; a thinking tag between two pieces ends what a string can span."""
-        out: list[Piece] = []
-        early = len(self._ids) < self.request.params.min_tokens
-        for label, text in pieces:
-            if self._matched is not None:
-                break
-            if label != self._label:
-                out += self._release()
-                self._label = label
-            out += self._let_out(text if early else self._stops[label].feed(text))
-        return out
-
-    def _release(self) -> list[Piece]:
-        """Let out what could have become a stop string."""
-        return [] if self._label is None else self._let_out(self._stops[self._label].finish())
-
-    def _let_out(self, text: str) -> list[Piece]:
-        if self._label is None or not text:
-            return []
-        self._text[self._label].append(text)
-        return [(self._label, text)]
-
-    def _end(self, reason: Literal["stop", "length", "error"], stop: int | str | None, clock: Timings) -> list[Piece]:
-        pieces = [] if self._matched is not None else [*self._cut(self._stream.finish()), *self._release()]
-        n = len(self._ids)
-        self.completion = Completion(
-            reasoning="".join(self._text["reasoning"]),
-            answer="".join(self._text["answer"]),
-            token_ids=tuple(self._ids),
-            finish_reason=reason,
-            stop_reason=stop,
-            seed=self.request.seed,
-            usage=Usage(len(self.request.prompt), n, self._reasoning_tokens()),
-            timings=replace(clock, tokens_per_s=(n - 1) / clock.decode_s if n > 1 and clock.decode_s else 0.0),
-            logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
-        )
-        return pieces
-
-    def _reasoning_tokens(self) -> int:
-        if self._tags is None or not (self._opened or self._tags.open_id in self._ids):
-            return 0
-        closed = self._tags.close_id in self._ids
-        return self._ids.index(self._tags.close_id) + 1 if closed else len(self._ids)
-
-
-def _advance(rows: Sequence[_Row], emitted: Mapping[str, np.ndarray], clock: Timings) -> Iterator[Event]:
+def _advance(rows: Sequence[Reply], emitted: Mapping[str, np.ndarray], clock: Timings) -> Iterator[Event]:
     """Feed what one call emitted, "token" [n, B] and log-probabilities, to the rows that have not ended."""
     for row in rows:
         if row.completion is not None:
@@ -543,14 +309,14 @@ def _advance(rows: Sequence[_Row], emitted: Mapping[str, np.ndarray], clock: Tim
         for i, token in enumerate(emitted["token"][:, row.number].tolist()):
             if token == IDLE or row.completion is not None:
                 break
-            pieces += row.take(token, _logprob(emitted, i, row), clock)
+            pieces += row.take(None if token == BROKEN else token, _logprob(emitted, i, row), clock)
         for label, run in itertools.groupby(pieces, key=_label):
             yield Event(row.number, label, "".join(text for _, text in run))
         if row.completion is not None:
             yield Event(row.number, "end", completion=row.completion)
 
 
-def _logprob(emitted: Mapping[str, np.ndarray], i: int, row: _Row) -> TokenLogprob | None:
+def _logprob(emitted: Mapping[str, np.ndarray], i: int, row: Reply) -> TokenLogprob | None:
     wanted, b = row.request.params.logprobs, row.number
     if wanted is None:
         return None

@@ -14,7 +14,6 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,31 +26,14 @@ from qwen3_jax import ops as ops_
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model import Params, declare
 from qwen3_jax.ops import Ops
+from qwen3_jax.request import Request
 from qwen3_jax.sampling import Sampler
-from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.sharding import Rules
 from qwen3_jax.steps import CALL, Steps
 
 PROMPT_TOKENS = 16  # smallest buckets
 CACHE_SLOTS = 128
 HEADROOM = 256  # generated tokens that a new cache has room for; it grows when they are used up
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be run: empty, beyond the context, or ids that the model does not have."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One row: what to continue and how."""
-
-    prompt: Sequence[int]
-    params: SamplingParams
-    seed: int
-    stop_ids: tuple[int, ...]  # everything that ends it: the model's end ids, unless ignored, and the request's own
-    limit: int  # generate at most this many tokens
-    thinks: bool = False  # not yet past the end of its thinking
-    thought: int = 0  # tokens of thinking that already stand in the prompt, `<think>` included
 
 
 class Runner:

@@ -90,7 +90,8 @@ class Ours:
         return [self.name]
 
     def batch(self, batch: int, tokens: int, limit: int) -> Any:
-        from qwen3_jax.runner import Batch, Request
+        from qwen3_jax.request import Request
+        from qwen3_jax.runner import Batch
         from qwen3_jax.sampling_params import SamplingParams
 
         greedy = SamplingParams(temperature=0.0)

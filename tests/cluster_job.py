@@ -19,7 +19,8 @@ from qwen3_jax.checkpoint import orbax_sharded
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.plain import XLA
-from qwen3_jax.runner import Batch, Request, Runner
+from qwen3_jax.request import Request
+from qwen3_jax.runner import Batch, Runner
 from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.sharding import RULES
 from tests import counting

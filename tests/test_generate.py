@@ -12,8 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from qwen3_jax import compile_cache
-from qwen3_jax.generate import Completion, GenerationError, Generator
-from qwen3_jax.runner import PromptError
+from qwen3_jax.generate import GenerationError, Generator
+from qwen3_jax.reply import Completion
+from qwen3_jax.request import PromptError
 from qwen3_jax.sampling_params import SamplingError, SamplingParams
 from qwen3_jax.text.detokenize import Detokenizer
 from qwen3_jax.text.template import TemplateError
@@ -167,19 +168,19 @@ def test_thinking_already_open_or_closed_in_the_prompt(generator):
     tags, tokenizer = generator._tags, generator.tokenizer
     closed = generator.prompt("Hi", enable_thinking=False)
     assert tags.close_id in closed
-    assert generator._thinking(closed) == (False, 0)
+    assert generator._asks.thinking(closed) == (False, 0)
     free = generator.generate([closed], max_tokens=12)[0]
     budgeted = generator.generate([closed], max_tokens=12, thinking_budget=3)[0]
     assert (budgeted.token_ids, budgeted.usage.reasoning_tokens) == (free.token_ids, 0)
     opened = generator.prompt("Hi") + tokenizer.encode("<think>\n")  # the form of the 2507-Thinking models
     used = len(tokenizer.encode("<think>\n"))
-    assert generator._thinking(opened) == (True, used)
+    assert generator._asks.thinking(opened) == (True, used)
     stop = tuple(tokenizer.encode(STOP_TEXT))
     reply = generator.generate([opened], max_tokens=12, thinking_budget=5)[0]
     assert reply.token_ids[5 - used : 12] == stop[: 12 - (5 - used)]
     assert (reply.answer, reply.usage.reasoning_tokens) == ("", 12)
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nx\n</think>\n\nb"}]
-    assert generator._thinking(generator.prompt([*history, {"role": "user", "content": "c"}])) == (True, 0)
+    assert generator._asks.thinking(generator.prompt([*history, {"role": "user", "content": "c"}])) == (True, 0)
 
 
 def test_chat_is_generate_on_the_template(generator, hf):

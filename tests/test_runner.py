@@ -10,7 +10,8 @@ from transformers.generation.logits_process import LogitsProcessorList, Repetiti
 from qwen3_jax import runner as runner_
 from qwen3_jax.checkpoint import load
 from qwen3_jax.ops import plain
-from qwen3_jax.runner import Batch, Request, Runner
+from qwen3_jax.request import Request
+from qwen3_jax.runner import Batch, Runner
 from qwen3_jax.sampling_params import SamplingParams
 from tests import tiny
 
