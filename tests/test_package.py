@@ -37,7 +37,7 @@ FLOORS = [
     ["train"],
     ["evaluate"],
     ["preflight"],
-    ["cli_mesh", "cli_serve", "cli_train"],
+    ["cli_batch", "cli_eval", "cli_mesh", "cli_serve", "cli_train"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
