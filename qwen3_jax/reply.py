@@ -11,6 +11,8 @@ from qwen3_jax.text.detokenize import StopStrings
 from qwen3_jax.text.thinking import Label, ThinkingIds, ThinkingStream
 from qwen3_jax.text.tokenizer import Tokenizer
 
+FinishReason = Literal["stop", "length", "error", "abort"]
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -53,13 +55,14 @@ class Completion:
 
     `reasoning` and `answer` are told apart by the token ids of the thinking tags; without them everything is answer.
     `token_ids` are all generated ids, the one that ended the row included. `finish_reason` is "stop" (`stop_reason`
-    says which id or string), "length", or "error" (logits that are not finite). `seed` reproduces the row.
+    says which id or string), "length", "error" (logits that are not finite), or "abort" (given up from outside). `seed`
+    reproduces the row.
     """
 
     reasoning: str
     answer: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length", "error"]
+    finish_reason: FinishReason
     stop_reason: int | str | None
     seed: int
     usage: Usage
@@ -139,7 +142,11 @@ class Reply:
         self._text[self._label].append(text)
         return [(self._label, text)]
 
-    def _end(self, reason: Literal["stop", "length", "error"], stop: int | str | None, clock: Timings) -> list[Piece]:
+    def end(self, reason: Literal["abort", "error"], clock: Timings) -> list[Piece]:
+        """End the row from outside; return the text that was held back."""
+        return self._end(reason, None, clock)
+
+    def _end(self, reason: FinishReason, stop: int | str | None, clock: Timings) -> list[Piece]:
         pieces = [] if self._matched is not None else [*self._cut(self._stream.finish()), *self._release()]
         n = len(self._ids)
         self.completion = Completion(

@@ -1,0 +1,46 @@
+"""What an engine tells of itself while it runs: methods that do nothing, to be overridden by whoever counts.
+
+All are called on the engine's thread, except `rejected`, which is called on the thread that submits; they must be quick
+and must not raise.
+"""
+
+from qwen3_jax.engine.updates import RequestStats
+
+
+class Observer:
+    """Hears of every step and request of an engine."""
+
+    def step(self, *, host_s: float, rows: int, prompt_tokens: int, generated_tokens: int) -> None:
+        """Hear of one turn of the engine's loop.
+
+        Args:
+            host_s: seconds that scheduling, laying out, dispatching and reading took on the host, waiting for the
+                device not included.
+            rows: sequences in the decode batch.
+            prompt_tokens: computed by the prefill calls of this turn.
+            generated_tokens: read in this turn.
+        """
+
+    def finished(self, stats: RequestStats, *, finish_reason: str) -> None:
+        """Hear of a request that has ended: "stop", "length", "error" or "abort"."""
+
+    def first_token(self, seconds: float) -> None:
+        """Hear of a request's first token, seconds after it was submitted."""
+
+    def inter_token(self, seconds: float, count: int) -> None:
+        """Hear of `count` tokens of one sequence that arrived together, `seconds` after those before them."""
+
+    def preempted(self) -> None:
+        """Hear of a sequence that gave up its pages and will be computed again."""
+
+    def prefix(self, *, queried: int, hits: int) -> None:
+        """Hear of a lookup in the prefix cache: prompt tokens asked for, and found."""
+
+    def rejected(self, reason: str) -> None:
+        """Hear of a request that was refused: "queue", "queue_tokens" or "stopped"."""
+
+    def compiled(self, name: str, seconds: float) -> None:
+        """Hear of a program that was compiled; after the warm-up there is none."""
+
+    def corrupted(self) -> None:
+        """Hear of a request whose logits were not finite."""

@@ -1,0 +1,64 @@
+"""How an engine is set up: rows, pages and the sizes of its steps. Pure Python, no JAX import."""
+
+from dataclasses import dataclass, fields
+
+CACHE_CONTEXT = 4096  # positions per row that the cache has room for unless told otherwise
+
+
+class EngineOptionError(ValueError):
+    """An option out of range, or options that do not fit together."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The static side of an engine; checked on construction.
+
+    Attributes:
+        rows: most sequences decoded together. There is one decode program, of this many rows.
+        page_tokens: positions per page of the KV cache, the unit of allocation and of prefix sharing.
+        cache_tokens: positions that all pages hold together; None is rows * min(context, 4096).
+        chunk_tokens: most prompt tokens per prefill call, a multiple of page_tokens.
+        decode_tokens: most tokens per row and call when nobody waits.
+        max_waiting: most requests in the queue; more are refused.
+        max_waiting_tokens: most prompt tokens in the queue; None is unlimited.
+        prefix_cache: share the pages of equal beginnings.
+        deterministic: a sequence's tokens depend on nothing but itself, neither on its neighbours nor on what was
+            cached, chunked or preempted.
+
+    Raises:
+        EngineOptionError: a value out of range; the message names the field and the remedy.
+    """
+
+    rows: int = 16
+    page_tokens: int = 16
+    cache_tokens: int | None = None
+    chunk_tokens: int = 256
+    decode_tokens: int = 8
+    max_waiting: int = 256
+    max_waiting_tokens: int | None = None
+    prefix_cache: bool = True
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool or field.type == "bool":
+                if not isinstance(value, bool):
+                    raise EngineOptionError(f"{field.name} is {value!r}: must be true or false")
+            elif value is None and field.default is None:
+                continue
+            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise EngineOptionError(f"{field.name} is {value!r}: must be a positive integer")
+        if self.chunk_tokens % self.page_tokens:
+            raise EngineOptionError(
+                f"chunk_tokens is {self.chunk_tokens}, page_tokens {self.page_tokens}: chunk_tokens must be a multiple"
+            )
+        if self.cache_tokens is not None and self.cache_tokens < 2 * self.page_tokens:
+            raise EngineOptionError(
+                f"cache_tokens is {self.cache_tokens}: must be at least two pages, {2 * self.page_tokens}"
+            )
+
+    def pages(self, context: int) -> int:
+        """Return the number of pages for a model of `context` positions."""
+        tokens = self.rows * min(context, CACHE_CONTEXT) if self.cache_tokens is None else self.cache_tokens
+        return tokens // self.page_tokens
