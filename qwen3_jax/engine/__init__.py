@@ -1,0 +1,1 @@
+"""Continuous batching: policy in pure Python, arithmetic in the jitted steps, met in `engine`."""
