@@ -250,6 +250,14 @@ class Parity:
     length: Annotated[int, arg(metavar="N", help="random tokens per row")] = 32
     seed: Annotated[int, arg(metavar="N", help="of the random tokens")] = 0
     dtype: Annotated[Literal["float32", "bfloat16"], arg(help="what both sides compute in")] = "float32"
+    mesh: Annotated[
+        str | None,
+        arg(
+            metavar="AXES",
+            help=f"spread our side over devices, virtual ones on a CPU: {cli_mesh.AXES}",
+            help_behavior_hint="(default: one device)",
+        ),
+    ] = None
     json: Json = False
 
     def run(self) -> int:
@@ -262,6 +270,7 @@ class Parity:
             length=self.length,
             seed=self.seed,
             dtype=self.dtype,
+            mesh=self.mesh,
             as_json=self.json,
         )
 

@@ -7,6 +7,7 @@ T length, E experts, C experts per token, V vocabulary.
 import contextlib
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -36,7 +37,8 @@ from qwen3_jax.parity.report import (
     rows_of,
     show,
 )
-from qwen3_jax.parity.subject import Subject
+from qwen3_jax.parity.subject import Subject, mesh_of
+from qwen3_jax.sharding import parse_mesh
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -89,6 +91,7 @@ def run(
     dtype: Dtype = "float32",
     tolerances: Tolerances | None = None,
     ops: Ops | None = None,
+    mesh: str | None = None,
     report: Path | str | None = None,
     progress: bool = True,
 ) -> Report:
@@ -104,12 +107,15 @@ def run(
         dtype: what both sides compute in.
         tolerances: None for `TOLERANCES[dtype]`.
         ops: the formulation under test; None for this platform's own.
+        mesh: spread our side over devices as serving does, "expert=2,model=4"; None for one device.
         report: an HTML file to write.
         progress: show a bar on a terminal.
 
     Raises:
         CheckpointError: the folder cannot be used.
-        ParityError: bad tokens, PyTorch or transformers are not installed, or the report cannot be written there.
+        ShardingError: a mesh that cannot be read, or that the model does not divide over.
+        ParityError: bad tokens, fewer devices than the mesh has, PyTorch or transformers are not installed, or the
+            report cannot be written there.
     """
     began = time.perf_counter()
     if dtype not in TOLERANCES:
@@ -132,7 +138,9 @@ def run(
 
     bounds = TOLERANCES[dtype] if tolerances is None else tolerances
     ops = formulations.for_platform(jax.default_backend()) if ops is None else ops
-    theirs, ours = reference_type(checkpoint.folder, dtype), Subject(checkpoint, dtype, ops)
+    spread = None if mesh is None else mesh_of(parse_mesh(mesh))
+    ours = Subject(checkpoint, dtype, ops, spread)
+    theirs = reference_type(checkpoint.folder, dtype)
     comparison = _Comparison(bounds, segment_ids > 0)
     L = config.num_hidden_layers
     # A float32 product must be one: TPU and GPU round its inputs to fewer bits unless told otherwise.
@@ -159,7 +167,8 @@ def run(
     found = Report(
         folder=str(folder),
         model=f"{config.model_type}, {L} layers, hidden {config.hidden_size}"
-        + (f", {config.num_experts} experts" if config.num_experts else ""),
+        + (f", {config.num_experts} experts" if config.num_experts else "")
+        + (f", on mesh {mesh}" if mesh else ""),
         dtype=dtype,
         tokens=int((segment_ids > 0).sum()),
         positions=int(positions.max()),
@@ -183,14 +192,27 @@ def main(
     seed: int = 0,
     padding: bool = True,
     dtype: Dtype = "float32",
+    mesh: str | None = None,
     as_json: bool = False,
 ) -> int:
     """Compare a folder with PyTorch, print the table (or JSON), and return the exit code: 0 equal, 1 not.
 
-    Arguments and errors as for `run`; errors are ValueErrors of one line.
+    Arguments and errors as for `run`; errors are ValueErrors of one line. With a mesh, a CPU becomes as many devices as
+    the mesh needs, if no device was touched before.
     """
+    if mesh is not None and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # devices are in use: those at hand must do
+            jax.config.update("jax_num_cpu_devices", math.prod(parse_mesh(mesh).values()))
     found = run(
-        folder, prompt=prompt, length=length, seed=seed, padding=padding, dtype=dtype, report=report, progress=True
+        folder,
+        prompt=prompt,
+        length=length,
+        seed=seed,
+        padding=padding,
+        dtype=dtype,
+        mesh=mesh,
+        report=report,
+        progress=True,
     )
     if as_json:
         json.dump(found.to_dict(), sys.stdout, indent=1)
@@ -307,7 +329,8 @@ class _Comparison:
         self, ours: Subject, theirs: Any, reference_hidden: np.ndarray, hidden: np.ndarray, vocab_size: int
     ) -> Logits:
         """Measure the logits, a stretch of the vocabulary in memory at a time on each side."""
-        edges = [*range(0, vocab_size, VOCAB_STRETCH), vocab_size]
+        stretch = VOCAB_STRETCH // ours.vocab_parts * ours.vocab_parts
+        edges = [*range(0, vocab_size, stretch), vocab_size]
         columns = list(itertools.pairwise(edges))
         reference = np.concatenate([theirs.logits(*edge)[self.kept] for edge in columns], axis=-1)
         isolated, accumulated = (
