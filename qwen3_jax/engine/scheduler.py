@@ -91,7 +91,8 @@ class Chunk:
     """Prefill positions [start, start + length) of a sequence, which attend to all positions before them.
 
     Attributes:
-        draws: whether it completes the prefill and so draws output token `first`; its row decodes from the next plan on.
+        draws: whether it completes the prefill and so draws output token `first`; its row decodes from the
+            next plan on.
         first: index of the output token it draws.
         known: that token if it is known and drawn again, after a preemption in deterministic mode; else ().
         life: `sequence.preemptions` when it was planned.
@@ -113,7 +114,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Decode `count` tokens of a row: positions [start, start + count) are written, output token `first` is drawn first.
+    """Decode `count` tokens of a row, from output token `first` on, writing positions [start, start + count).
 
     The input of the first step is the token at position `start`: the one that the row drew last, on the device, unless
     the host knows it.
@@ -182,3 +183,336 @@ class Scheduler:
         Raises:
             ValueError: a number is below 1, or chunk_tokens is no multiple of page_tokens in deterministic mode.
         """
+        numbers = {"rows": rows, "pages": pages, "page_tokens": page_tokens}
+        numbers |= {"chunk_tokens": chunk_tokens, "decode_tokens": decode_tokens}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"{name} is {number}: set it to at least 1")
+        if deterministic and chunk_tokens % page_tokens:
+            raise ValueError(
+                f"chunk_tokens is {chunk_tokens} and page_tokens is {page_tokens}: "
+                "deterministic mode needs chunks of whole pages, set chunk_tokens to a multiple"
+            )
+        self.pages = Pages(pages)
+        self.page_tokens = page_tokens
+        self.chunk_tokens = chunk_tokens
+        self.decode_tokens = decode_tokens
+        self.prefix_cache = prefix_cache
+        self.deterministic = deterministic
+        self.waiting: list[Sequence] = []  # by priority and arrival
+        self.waiting_tokens = 0  # prompt tokens of those that wait
+        self._sequences: dict[int, Sequence] = {}
+        self._prefilling: list[Sequence] = []  # whose turn it is first
+        self._decoding: list[Sequence] = []
+        self._rows = list(range(rows - 1, -1, -1))  # free ones
+        self._arrivals = 0
+        self._announced: Counter[bytes] = Counter()  # blocks that running prefills are about to share
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self._sequences)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences that have a row."""
+        return self._prefilling + self._decoding
+
+    def needed(self, sequence: Sequence) -> int:
+        """Return the most pages that a sequence can come to use: the last token's position is never written."""
+        return self._pages_of(len(sequence.prompt) + sequence.limit - 1)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait for its turn.
+
+        Raises:
+            TooLarge: it needs more pages than there are.
+            ValueError: empty prompt, limit below 1, or an id that is taken.
+        """
+        if not sequence.prompt or sequence.limit < 1:
+            raise ValueError(
+                f"sequence {sequence.id} has {len(sequence.prompt)} prompt tokens and limit {sequence.limit}: "
+                "give at least one of each"
+            )
+        if sequence.id in self._sequences or sequence.state != "new":
+            raise ValueError(f"sequence id {sequence.id} is {sequence.state} already: give every sequence its own")
+        if self.needed(sequence) > self.pages.total:
+            positions = len(sequence.prompt) + sequence.limit - 1
+            room = self.pages.total * self.page_tokens
+            most = max(0, room + 1 - len(sequence.prompt))
+            raise TooLarge(
+                f"{len(sequence.prompt)} prompt tokens and up to {sequence.limit} generated ones take {positions} "
+                f"positions, the cache has {room}: set max_tokens to {most} or less, or make the cache larger"
+            )
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        self._sequences[sequence.id] = sequence
+        self._wait(sequence)
+
+    def cancel(self, sequence_id: int) -> bool:
+        """End a sequence in whatever state it is; its row and pages are free for the next plan.
+
+        Returns:
+            whether there was such a sequence.
+        """
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            return False
+        self._end(sequence)
+        return True
+
+    def plan(self) -> Plan:
+        """Decide what the device computes next, and allot its pages."""
+        plan = Plan()
+        alone = not self.waiting and not self._prefilling
+        self._plan_decode(plan, alone)
+        if not plan.preempted:
+            self._admit(plan)
+        self._plan_prefill(plan)
+        return plan
+
+    def commit(
+        self,
+        plan: Plan,
+        tokens: Mapping[int, list[int]],
+        ended: Collection[int] = (),
+        failed: Collection[int] = (),
+    ) -> list[Sequence]:
+        """Take what the device computed for the oldest uncommitted plan.
+
+        Args:
+            tokens: {sequence id: the `new` tokens of its chunk or decode}, shorter only if the sequence has ended.
+                Entries of sequences that ended before are ignored.
+            ended: ids of sequences that end with these tokens; those at their limit end of themselves.
+            failed: ids of those that end because their numbers are no good: what they wrote is never shared again.
+
+        Returns:
+            the sequences that have ended now.
+        """
+        over = []
+        for entry in (*plan.prefill, *plan.decode):
+            sequence = entry.sequence
+            sequence.in_flight -= entry.new
+            if sequence.state == "ended":
+                continue
+            if sequence.id in failed:
+                self.pages.forget(sequence.pages)
+                self._end(sequence)
+                over.append(sequence)
+                continue
+            new = tokens.get(sequence.id, []) if entry.new else []
+            ends = sequence.id in ended
+            if len(new) > entry.new or (len(new) < entry.new and not ends):
+                raise ValueError(f"sequence {sequence.id} got {len(new)} tokens where {entry.new} were planned")
+            sequence.output.extend(new)
+            if entry.life == sequence.preemptions:
+                self._register(sequence, entry)
+            if ends or len(sequence.output) >= sequence.limit:
+                self._end(sequence)
+                over.append(sequence)
+        return over
+
+    def _plan_decode(self, plan: Plan, alone: bool) -> None:
+        """Plan a step of every row that has one to do, best first; the worst lose their pages if there are too few."""
+        ready = sorted((s for s in self._decoding if self._decodes(s)), key=_rank)
+        if not ready:
+            return
+        steps = 1
+        if alone and not any(s.stepwise for s in self._decoding):
+            steps = min(self.decode_tokens, max(s.limit - _issued(s) for s in ready))
+            if sum(self._lacking(s, steps) for s in ready) > self.pages.available:
+                steps = 1
+        for sequence in ready:
+            while sequence.state == "running" and self._lacking(sequence, steps) > self.pages.available:
+                worst = max(self.running, key=_rank)
+                self._preempt(worst)
+                plan.preempted.append(worst)
+            if sequence.state != "running":  # it was the worst itself, so all behind it are gone
+                break
+            sequence.pages += self.pages.take(self._lacking(sequence, steps))
+            first = _issued(sequence)
+            count = min(steps, sequence.limit - first)
+            known = tuple(sequence.output[first : first + count])
+            plan.decode.append(Decode(sequence, sequence.computed, count, first, known, sequence.preemptions))
+            sequence.computed += count
+            sequence.in_flight += count - len(known)
+        plan.decode_tokens = max((entry.count for entry in plan.decode), default=0)
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        first = _issued(sequence)
+        if first >= sequence.limit:
+            return False  # all its tokens are in flight
+        return not (sequence.stepwise and sequence.in_flight)
+
+    def _lacking(self, sequence: Sequence, steps: int) -> int:
+        count = min(steps, sequence.limit - _issued(sequence))
+        return self._pages_of(sequence.computed + count) - len(sequence.pages)
+
+    def _admit(self, plan: Plan) -> None:
+        """Give rows and the pages of everything known to those that wait, in order, while both last.
+
+        Who waits for a block that a running prefill is about to share is passed over; who lacks pages is not. Every
+        running row keeps a page to grow into.
+        """
+        at = 0
+        while at < len(self.waiting) and self._rows:
+            sequence = self.waiting[at]
+            if sequence.in_flight:  # tokens of the life before its preemption: known soon
+                at += 1
+                continue
+            target = len(sequence.prompt) + (0 if self.deterministic else len(sequence.output))
+            shared = self._cached_prefix(sequence, target)
+            if self._announced and self._is_announced(sequence, target, len(shared)):
+                at += 1
+                continue
+            self.pages.share(shared)
+            lacking = self._pages_of(target) - len(shared)
+            if lacking > self.pages.available - len(self.running):
+                self.pages.release(shared)
+                break
+            del self.waiting[at]
+            self.waiting_tokens -= len(sequence.prompt)
+            sequence.pages = shared + self.pages.take(lacking)
+            sequence.computed = len(shared) * self.page_tokens
+            sequence.registered = len(shared)
+            sequence.target = target
+            sequence.row = self._rows.pop()
+            sequence.state = "running"
+            if not sequence.preemptions:
+                sequence.cached = sequence.computed
+            self._announce(sequence)
+            self._prefilling.append(sequence)
+            plan.admitted.append(sequence)
+
+    def _plan_prefill(self, plan: Plan) -> None:
+        """Plan chunks in turn, best priority first, as many as fit into chunk_tokens and at least one."""
+        left = self.chunk_tokens
+        turns = []
+        for sequence in sorted(self._prefilling, key=lambda s: s.priority):
+            start, count = sequence.computed, len(sequence.prompt)
+            length = min(self.chunk_tokens, sequence.target - start)
+            cost = max(length, self.page_tokens)
+            if turns and cost > left:
+                continue
+            draws = start + length == sequence.target
+            first = sequence.target - count
+            known = tuple(sequence.output[first : first + 1]) if draws else ()
+            plan.prefill.append(Chunk(sequence, start, length, draws, first, known, sequence.preemptions))
+            sequence.computed += length
+            sequence.in_flight += draws - len(known)
+            turns.append(sequence)
+            left -= cost
+            if left <= 0:
+                break
+        for sequence in turns:
+            self._prefilling.remove(sequence)
+            (self._prefilling if sequence.prefilling else self._decoding).append(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.preemptions += 1
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = "waiting"
+        insort(self.waiting, sequence, key=_rank)
+        self.waiting_tokens += len(sequence.prompt)
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.state == "running":
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+            self.waiting_tokens -= len(sequence.prompt)
+        sequence.state = "ended"
+        del self._sequences[sequence.id]
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take row and pages from a running sequence."""
+        self._withdraw(sequence, sequence.announced)
+        self.pages.release(sequence.pages)
+        sequence.pages = []
+        sequence.computed = sequence.registered = sequence.announced = 0
+        (self._prefilling if sequence in self._prefilling else self._decoding).remove(sequence)
+        assert sequence.row is not None
+        self._rows.append(sequence.row)
+        sequence.row = None
+
+    def _pages_of(self, positions: int) -> int:
+        return -(-positions // self.page_tokens)
+
+    def _grain(self) -> int:
+        """Blocks that are shared together."""
+        return self.chunk_tokens // self.page_tokens if self.deterministic else 1
+
+    def _digests(self, sequence: Sequence, blocks: int) -> list[bytes]:
+        """Return the digests of a sequence's first full blocks; their tokens must be known."""
+        digests = sequence.digests
+        size, prompt = self.page_tokens, sequence.prompt
+        for at in range(len(digests) * size, blocks * size, size):
+            parent = digests[-1] if digests else root_digest(sequence.salt)
+            block = prompt[at : at + size]
+            if len(block) < size:
+                block = [sequence.token(position) for position in range(at, at + size)]
+            digests.append(block_digest(parent, block))
+        return digests[:blocks]
+
+    def _cached_prefix(self, sequence: Sequence, target: int) -> list[int]:
+        """Return the pages of its longest cached prefix, at least one token short of `target`: something must draw."""
+        if not self.prefix_cache:
+            return []
+        grain = self._grain()
+        blocks = (target - 1) // self.page_tokens // grain * grain
+        found = self.pages.longest(self._digests(sequence, blocks))
+        return found[: len(found) // grain * grain]
+
+    def _announce(self, sequence: Sequence) -> None:
+        """Let others wait for the whole blocks that this prefill will share, rather than compute them too."""
+        if not self.prefix_cache:
+            return
+        grain = self._grain()
+        sequence.announced = sequence.target // self.page_tokens // grain * grain
+        digests = self._digests(sequence, sequence.announced)
+        self._announced.update(digests[sequence.registered : sequence.announced])
+
+    def _is_announced(self, sequence: Sequence, target: int, shared: int) -> bool:
+        """Whether waiting would give a sequence more of its prefix than the blocks that it could share now."""
+        blocks = (target - 1) // self.page_tokens
+        return shared + self._grain() <= blocks and self._announced[self._digests(sequence, blocks)[shared]] > 0
+
+    def _withdraw(self, sequence: Sequence, end: int) -> None:
+        """End the announcement of its blocks up to `end`: they are shared now, or never will be."""
+        for digest in sequence.digests[sequence.registered : end]:
+            self._announced[digest] -= 1
+            if not self._announced[digest]:
+                del self._announced[digest]
+
+    def _register(self, sequence: Sequence, entry: Chunk | Decode) -> None:
+        """Share the pages that are full now and whose tokens are known; in deterministic mode, those of whole chunks."""
+        if not self.prefix_cache:
+            return
+        if isinstance(entry, Chunk):
+            end = entry.start + entry.length
+        elif self.deterministic:
+            return
+        else:
+            end = len(sequence.prompt) + min(entry.first + entry.count, len(sequence.output)) - 1
+        grain = self._grain()
+        blocks = end // self.page_tokens // grain * grain
+        if blocks <= sequence.registered:
+            return
+        digests = self._digests(sequence, blocks)
+        self._withdraw(sequence, min(blocks, sequence.announced))
+        for block in range(sequence.registered, blocks):
+            self.pages.register(sequence.pages[block], digests[block])
+        sequence.registered = blocks
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Order of preference: lower goes first, the highest loses its pages first."""
+    return sequence.priority, sequence.arrival
+
+
+def _issued(sequence: Sequence) -> int:
+    """Return how many of its tokens the calls planned so far draw, of a sequence past its prefill."""
+    return sequence.computed - len(sequence.prompt) + 1
