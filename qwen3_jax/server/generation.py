@@ -1,0 +1,181 @@
+"""Requests of the engine as an asynchronous stream of updates.
+
+`Run` submits one or more requests, hands their updates over from the engine's thread to the event loop, and cancels
+what has not ended when it is closed, which `watched` and `EventStream` do as soon as the client leaves.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from qwen3_jax.engine.updates import Ticket, Update
+from qwen3_jax.reply import Completion
+from qwen3_jax.request import Request
+from qwen3_jax.server import errors
+from qwen3_jax.server.errors import ApiError
+from qwen3_jax.server.limits import ClientGone
+
+Result = TypeVar("Result")
+DONE = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request for the engine and what goes beside it."""
+
+    request: Request
+    id: str
+    priority: int = 0
+    cache_salt: str = ""
+    grammar: Any = None
+    prompt_logprobs: int | None = None
+
+
+class Run:
+    """Requests under way; iterate for (index, update) until every one has ended."""
+
+    def __init__(self, engine: Any, asks: Iterable[Ask], *, register: set["Run"] | None = None):
+        """Submit; if one is refused, none is left behind. Raises as `Engine.submit` does. Needs a running loop."""
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._register = register
+        self.tickets: list[Ticket] = []
+        self.ended: dict[int, Update] = {}  # the last update of each
+        if register is not None:
+            register.add(self)
+        try:
+            for i, ask in enumerate(asks):
+                self.tickets.append(
+                    engine.submit(
+                        ask.request,
+                        self._listener(i),
+                        priority=ask.priority,
+                        cache_salt=ask.cache_salt,
+                        grammar=ask.grammar,
+                        prompt_logprobs=ask.prompt_logprobs,
+                        request_id=ask.id,
+                    )
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _listener(self, index: int) -> Callable[[Update], None]:
+        def listen(update: Update) -> None:  # on the engine's thread
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+
+        return listen
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
+        while len(self.ended) < len(self.tickets):
+            index, update = await self._updates.get()
+            if update.completion is not None or update.error is not None:
+                self.ended[index] = update
+            yield index, update
+
+    def cancel(self) -> None:
+        """Give up what has not ended; the updates still come."""
+        for i, ticket in enumerate(self.tickets):
+            if i not in self.ended:
+                ticket.cancel()
+
+    def close(self) -> None:
+        """Give up what has not ended; nobody listens any more."""
+        self.cancel()
+        if self._register is not None:
+            self._register.discard(self)
+
+
+def failure(update: Update) -> ApiError | None:
+    """Return the error that an update ends its request with, if it does."""
+    if update.error is not None:
+        return ApiError(503, update.error)
+    if update.completion is not None and update.completion.finish_reason == "error":
+        n = len(update.completion.token_ids)
+        return ApiError(500, f"the model's logits are not finite after {n} generated tokens: this request cannot go on")
+    return None
+
+
+async def collect(run: Run) -> list[tuple[list[Update], Completion]]:
+    """Wait for all requests; return the updates and the completion of each.
+
+    Raises:
+        ApiError: one of them failed.
+    """
+    updates: list[list[Update]] = [[] for _ in run.tickets]
+    async for i, update in run:
+        updates[i].append(update)
+        if (error := failure(update)) is not None:
+            raise error
+    last = [mine[-1].completion for mine in updates]
+    return [(mine, done) for mine, done in zip(updates, last, strict=True) if done is not None]
+
+
+async def watched(http: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result:
+    """Do some work for a client, unless it leaves first.
+
+    Raises:
+        ClientGone: it left; the work is cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(http.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(value: Any, name: str | None = None) -> str:
+    """Write one server-sent event."""
+    data = f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return data if name is None else f"event: {name}\n{data}"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events made of a run's updates; the run is closed when the stream ends or its client leaves.
+
+    An exception inside the stream becomes one event with the error object; `end` is sent last in every case.
+    """
+
+    def __init__(self, run: Run, events: AsyncIterator[str], *, end: str = DONE):
+        super().__init__(self._events(events), media_type="text/event-stream")
+        self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._run, self._end = run, end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._run.close()
+
+    async def _events(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        try:
+            async for text in events:
+                yield text
+        except Exception as error:
+            known = errors.from_exception(error)
+            if known is None:
+                raise
+            yield event(errors.body(known.status, str(known), known.param))
+        if self._end:
+            yield self._end
