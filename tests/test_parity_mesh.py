@@ -1,4 +1,4 @@
-"""The parity tool with our side spread over devices: green on every mesh, red where a fault is planted on one device."""
+"""The parity tool with our side spread over devices: green on every mesh, red where one device holds a fault."""
 
 import json
 from pathlib import Path
