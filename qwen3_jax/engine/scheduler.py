@@ -366,7 +366,7 @@ class Scheduler:
                 at += 1
                 continue
             self.pages.share(shared)
-            lacking = self._pages_of(target) - len(shared)
+            lacking = self._pages_of(len(sequence.prompt) + len(sequence.output)) - len(shared)
             if lacking > self.pages.available - len(self.running):
                 self.pages.release(shared)
                 break
@@ -488,7 +488,7 @@ class Scheduler:
                 del self._announced[digest]
 
     def _register(self, sequence: Sequence, entry: Chunk | Decode) -> None:
-        """Share the pages that are full now and whose tokens are known; in deterministic mode, those of whole chunks."""
+        """Share the pages that are full and whose tokens are known; in deterministic mode, those of whole chunks."""
         if not self.prefix_cache:
             return
         if isinstance(entry, Chunk):
