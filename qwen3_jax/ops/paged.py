@@ -1,0 +1,164 @@
+"""A KV cache in pages behind the same signatures as a dense one, so that the network does not know the difference.
+
+A layer's pages are k and v [K, P, page, H]; position p of row b lies in page table[b, p // page], at slot p % page. The
+last page is scratch: whatever belongs to nobody is written there, and nothing that counts is read from it. A step puts
+the table beside every layer's pages (`opened`) and takes it out again (`closed`), so that the pages alone are donated
+from step to step.
+
+Formulations of the three cache operations, chosen by platform in `paged`:
+    ORACLE  gathers each row's pages into a dense cache: the definition
+    blocks  walks the table in blocks with a running softmax, as far as the longest row; what a CPU runs fast
+    TPU and GPU decode with JAX's own kernels and prefill in blocks
+
+Slots above a row's position are never used, whatever they hold: their values are replaced by zeros before they meet a
+probability of zero, so a sequence whose numbers broke cannot break the next owner of its pages.
+
+Axis letters: B rows, T query length, K kv heads, G query heads of one of them, N = K*G, H head_dim, P pages, S slots.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qwen3_jax.ops import LayerCache, Ops, plain
+
+Layers = list[LayerCache]
+
+CACHE_AXES = {"k": "kv_heads slots slots head_dim", "v": "kv_heads slots slots head_dim"}
+DECODE_SLOTS = 512  # slots of all rows that a block of decoding gathers: small enough to stay in a core's cache
+PREFILL_SLOTS = 256
+_MASKED = -1e30
+
+
+def opened(layers: Layers, table: jax.Array) -> Layers:
+    """Return the layers with the table [B, columns] int32 beside their pages."""
+    return [{**layer, "table": table} for layer in layers]
+
+
+def closed(layers: Layers) -> Layers:
+    """Return the pages alone."""
+    return [{"k": layer["k"], "v": layer["v"]} for layer in layers]
+
+
+def init(pages: int, page_tokens: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
+    """Make a layer's empty pages, one more than asked for: the scratch page, whose number is `pages`."""
+    shape = (kv_heads, pages + 1, page_tokens, head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+# Writing
+
+
+def update(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerCache:
+    """Write k and v [B, T, K, H] from position start [B] of each row; see `Ops.update_cache`.
+
+    More than one token per row is written page by page: start is then a multiple of the page. A last page that is not
+    filled gets zeros behind the tokens.
+    """
+    page, T = cache["k"].shape[2], k.shape[1]
+    if T == 1:
+        return cache | {"k": _put(cache, "k", k, start, 1), "v": _put(cache, "v", v, start, 1)}
+    padding = ((0, 0), (0, -T % page), (0, 0), (0, 0))
+    return cache | {name: _put(cache, name, jnp.pad(new, padding), start, page) for name, new in (("k", k), ("v", v))}
+
+
+def _put(cache: LayerCache, name: str, new: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Write new [B, T, K, H] in pieces of `size` tokens, each within one page, in place when donated."""
+    pages, table = cache[name], cache["table"]
+    page, (B, T) = pages.shape[2], new.shape[:2]
+    pieces = T // size
+    new = new.astype(pages.dtype).reshape(B * pieces, size, *new.shape[2:]).transpose(0, 2, 1, 3)  # [., K, size, H]
+
+    def write(i: jax.Array, pages: jax.Array) -> jax.Array:
+        row, at = i // pieces, start[i // pieces] + i % pieces * size
+        zero = jnp.int32(0)
+        piece = lax.dynamic_index_in_dim(new, i, keepdims=False)[:, None]
+        return lax.dynamic_update_slice(pages, piece, (zero, table[row, at // page], at % page, zero))
+
+    return lax.fori_loop(0, B * pieces, write, pages)
+
+
+# Reading
+
+
+def attend_gathered(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+    """Attend to a dense copy of each row's pages: the definition; see `Ops.attend_cache`."""
+    table = cache["table"]
+    dense = {}
+    for name in "kv":
+        rows = jnp.take(cache[name], table, axis=1)  # [K, B, columns, page, H]
+        dense[name] = rows.reshape(rows.shape[0], table.shape[0], -1, rows.shape[-1]).transpose(1, 2, 0, 3)
+    used = jnp.arange(dense["v"].shape[1]) <= jnp.max(positions, axis=1)[:, None]
+    dense["v"] = jnp.where(used[:, :, None, None], dense["v"], 0)
+    return plain.attend_cache(q, dense, positions, scale)
+
+
+def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+    """Attend block by block of the table, with a running softmax; see `Ops.attend_cache`.
+
+    A block that lies above a row's position changes nothing of that row, to the bit: its probabilities are zero and
+    its largest score is not larger. So a row's result does not depend on how long the others are.
+    """
+    B, T, N, H = q.shape
+    K, _, page, _ = cache["k"].shape
+    G = N // K
+    count = max(1, (DECODE_SLOTS // B if T == 1 else PREFILL_SLOTS) // page)  # pages of a row per block
+    size = count * page
+    table = cache["table"]
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % count)), mode="edge")
+    queries = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, H).astype(cache["k"].dtype)
+    last = jnp.max(positions, axis=1)
+
+    def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, context = state
+        ids = lax.dynamic_slice_in_dim(table, i * count, count, axis=1)
+        slots = i * size + jnp.arange(size)
+        keys = jnp.take(cache["k"], ids, axis=1, mode="clip").reshape(K * B, size, H)
+        values = jnp.take(cache["v"], ids, axis=1, mode="clip").reshape(K, B, size, H)
+        values = jnp.where((slots <= last[:, None])[None, :, :, None], values, 0).reshape(K * B, size, H)
+        scores = _product(queries, keys, 2).reshape(K, B, G, T, size) * jnp.float32(scale)
+        allowed = (slots <= positions[:, :, None])[None, :, None]
+        scores = jnp.where(allowed, scores, _MASKED).reshape(K * B, G * T, size)
+        higher = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
+        p, shrink = jnp.exp(scores - higher), jnp.exp(largest - higher)
+        total = total * shrink + jnp.sum(p, axis=-1, keepdims=True)
+        return higher, total, context * shrink + _product(p.astype(queries.dtype), values, 1)
+
+    column = jnp.zeros((K * B, G * T, 1), jnp.float32)
+    state = (column + _MASKED, column, jnp.zeros((K * B, G * T, H), jnp.float32))
+    _, total, context = lax.fori_loop(0, jnp.max(last) // size + 1, block, state)
+    out = (context / total).reshape(K, B, G, T, H).transpose(1, 3, 0, 2, 4)
+    return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Multiply a [M, R, in] by b, contracting its axis 1 or 2, into float32 [M, R, out].
+
+    A few rows go one by one: as one product of matrices, XLA on a CPU repacks b first.
+    """
+    if a.shape[1] <= 4:
+        return jnp.stack([_contract(b, a[:, row], axis, 1) for row in range(a.shape[1])], axis=1)
+    return _contract(a, b, 2, axis)
+
+
+def _contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def paged(ops: Ops, *, platform: str) -> Ops:
+    """Return a formulation whose cache is in pages; the rest of it stays.
+
+    `init_cache` of the result takes (pages, page_tokens, kv_heads, head_dim, dtype), see `init`.
+
+    Args:
+        ops: the formulation of everything else.
+        platform: as in `ops.for_platform`.
+    """
+
+    def init_cache(pages: int, page_tokens: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
+        # Everything that a CPU does to bfloat16 but multiply is done in float32, on a widened copy: see `ops.cpu`.
+        return init(pages, page_tokens, kv_heads, head_dim, jnp.dtype(jnp.float32) if platform == "cpu" else dtype)
+
+    return ops._replace(
+        init_cache=init_cache, update_cache=update, attend_cache=attend_blocks, cache_axes=CACHE_AXES
+    )
