@@ -1,10 +1,11 @@
 """Record → token ids and which of them are learned.
 
-A text is learned whole, with `<|endoftext|>` after it. Of a conversation, rendered by the model's own chat template with
-the thinking that the template keeps, the assistant's turns are learned: everything after `<|im_start|>assistant\\n` up to
-and including `<|im_end|>`. The turns are found in the rendered text, which is exact because a conversation that spells
-out either mark is refused, and every turn is counted. The text is cut at those places before it is tokenised, so that
-the ids before a turn are those of a prompt, and the ids of a turn those that a model has to write.
+A text is learned whole, with `<|endoftext|>` after it. Of a conversation, rendered by the model's own chat template
+with the thinking that the template keeps, the assistant's turns are learned: everything after `<|im_start|>assistant`
+and its newline, up to and including `<|im_end|>`. The turns are found in the rendered text, which is exact because a
+conversation that spells out either mark is refused, and every turn is counted. The text is cut at those places before
+it is tokenised, so that the ids before a turn are those of a prompt, and the ids of a turn those that a model has to
+write.
 """
 
 from __future__ import annotations
@@ -97,9 +98,7 @@ class Encoder:
 
     def _messages(self, record: Mapping[str, Any], turns: str) -> tuple[np.ndarray, np.ndarray]:
         if self._template is None:
-            raise DataError(
-                "the data holds messages but the model folder has no chat template: add chat_template.jinja"
-            )
+            raise DataError("the data holds messages, the model folder has no chat template: add chat_template.jinja")
         messages, tools = record["messages"], record.get("tools")
         mark = next((text for text in _strings([messages, tools]) if BEGIN in text or END in text), None)
         if mark is not None:

@@ -12,7 +12,6 @@ from the lanes, and a bad record keeps its place in the order.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import queue
 import threading
@@ -269,7 +268,9 @@ def _recipe(config: DataConfig, plan: Plan, seed: int) -> dict[str, Any]:
 
 def _batch(rows: list[list[Ticket]], length: int, pad_id: int) -> Batch:
     shape = (len(rows), length)
-    arrays = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "targets")}
+    arrays: dict[str, np.ndarray] = {
+        name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "targets")
+    }
     arrays["weights"] = np.zeros(shape, np.float32)
     arrays["tokens"][:] = arrays["targets"][:] = pad_id
     for r, row in enumerate(rows):

@@ -69,7 +69,7 @@ class Mixture:
     def draw(self, lane: int, j: int) -> tuple[int, int]:
         """Return the source of a lane's draw j, and how many of its earlier draws were from that source."""
         last = len(self._shares) - 1
-        for i, share in enumerate(self._shares):
+        for i in range(last + 1):
             count = self._count(lane, i, j)
             if i == last or self._count(lane, i, j + 1) > count:
                 return i, count

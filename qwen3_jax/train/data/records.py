@@ -100,11 +100,9 @@ class Parquet:
 
     def __init__(self, path: Path):
         try:
-            import pyarrow.parquet
+            import pyarrow.parquet  # pyright: ignore[reportMissingImports] - optional
         except ImportError:
-            raise DataError(
-                f"{path}: reading Parquet needs pyarrow: pip install pyarrow, or convert to JSONL"
-            ) from None
+            raise DataError(f"{path}: Parquet needs pyarrow: pip install pyarrow, or convert to JSONL") from None
         try:
             self._file = pyarrow.parquet.ParquetFile(path)
         except (OSError, ValueError) as error:  # pyarrow's own errors derive from both

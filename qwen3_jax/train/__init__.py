@@ -1,0 +1,1 @@
+"""Training: data, losses, the step, the loop, and what survives."""
