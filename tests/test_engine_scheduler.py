@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_jax.engine.scheduler import Chunk, Plan, Scheduler, Sequence, TooLarge
+from qwen3_jax.engine.scheduler import Scheduler, TooLarge
+from qwen3_jax.engine.sequence import Chunk, Plan, Sequence
 
 VOCAB = 50
 END = 0  # ends a sequence
@@ -237,6 +238,7 @@ SETTINGS = [
     dict(rows=8, pages=40, page_tokens=2, chunk_tokens=4, decode_tokens=8, ahead=0, deterministic=True),
     dict(rows=3, pages=7, page_tokens=8, chunk_tokens=12, decode_tokens=3, ahead=2, deterministic=False),
     dict(rows=6, pages=90, page_tokens=1, chunk_tokens=5, decode_tokens=5, ahead=1, deterministic=True),
+    dict(rows=6, pages=24, page_tokens=2, chunk_tokens=4, decode_tokens=2, ahead=4, deterministic=False),
     dict(rows=5, pages=16, page_tokens=4, chunk_tokens=4, decode_tokens=2, ahead=1, prefix_cache=False),
 ]
 
