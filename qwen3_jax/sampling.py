@@ -134,7 +134,7 @@ def sample(sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, hi
     Args:
         sampler: the program.
         logits: [B, V] float32, the model's own.
-        rows: `Sampler.rows`.
+        rows: `Sampler.rows`; with "allowed" [B, ceil(V/32)] uint32 only ids whose bit is set are drawn.
         index: [B] int32, how many tokens each row has generated before this one.
         history: `Sampler.history`, kept up by `remember`.
 
@@ -195,9 +195,17 @@ def _edited(
     x = logits
     if sampler.tokens < x.shape[-1]:
         x = jnp.where(jnp.arange(x.shape[-1]) < sampler.tokens, x, -jnp.inf)
+    if "allowed" in rows:
+        x = jnp.where(_bits(rows["allowed"], x.shape[-1]), x, -jnp.inf)
     if sampler.edits:
         x = _edit(x, rows, index, history)
     return x, jnp.max(x, axis=-1, keepdims=True)
+
+
+def _bits(words: jax.Array, count: int) -> jax.Array:
+    """Unpack [B, ceil(count/32)] uint32, lowest bit first, into [B, count] bool."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(words.shape[0], -1)[:, :count] == 1
 
 
 def _support(sampler: Sampler, x: jax.Array, best: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:

@@ -27,7 +27,7 @@ from qwen3_jax import sampling
 from qwen3_jax.cache import Cache
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model import Params
-from qwen3_jax.ops import Ops
+from qwen3_jax.ops import Ops, paged
 from qwen3_jax.sampling import Rows, Sampler
 
 CALL = 32  # most tokens per row and decode call: the size of the output buffers
@@ -111,7 +111,7 @@ class Steps:
             done=rows["limit"] == 0,
             history=history,
         )
-        state, emitted = self._emit(sampler, model.logits(last[:, None])[:, 0], state, rows)
+        state, emitted = self.emit(sampler, model.logits(last[:, None])[:, 0], state, rows)
         return state, jax.tree.map(lambda x: x[None], emitted)
 
     def decode(
@@ -123,16 +123,23 @@ class Steps:
         halt: jax.Array,
         count: jax.Array,
         sampler: Sampler,
+        *,
+        most: int = CALL,
+        table: jax.Array | None = None,
+        known: jax.Array | None = None,
     ) -> tuple[Cache, State, Emitted]:
         """Emit up to `count` tokens per row; ends early when every row is done.
 
         Args:
             cache, state: donated.
             halt: [B] bool, rows that the host has ended (a stop string).
-            count: int32, at most CALL; a value and not a shape, so that any number runs the same program.
+            count: int32, at most `most`; a value and not a shape, so that any number runs the same program.
+            most: the size of the output buffers.
+            table: [B, columns] int32, where the cache is in pages.
+            known: [most, B] int32, tokens to emit in place of drawn ones; -1 draws.
 
         Returns:
-            cache, state, and the emitted tokens [CALL, B], IDLE where nothing was emitted.
+            cache, state, and the emitted tokens [most, B], IDLE where nothing was emitted.
         """
         model = nnx.merge(self.graphdef, params)
         state = replace(state, done=state.done | halt)
@@ -143,16 +150,17 @@ class Steps:
 
         def step(carry):
             i, cache, state, out = carry
-            hidden, cache = model(state.token[:, None], positions=state.position[:, None], cache=cache)
-            state, emitted = self._emit(sampler, model.logits(hidden)[:, 0], state, rows)
+            hidden, cache = advance(model, cache, state, table)
+            told = None if known is None else jax.lax.dynamic_index_in_dim(known, i, keepdims=False)
+            state, emitted = self.emit(sampler, model.logits(hidden)[:, 0], state, rows, told)
             out = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), out, emitted)
             return i + 1, cache, state, out
 
         batch = state.token.shape[0]
         logits = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.float32)
-        _, shapes = jax.eval_shape(lambda x, s: self._emit(sampler, x, s, rows), logits, state)
-        out = jax.tree.map(lambda s: jnp.zeros((CALL, *s.shape), s.dtype), shapes)
-        out["token"] = jnp.full((CALL, batch), IDLE, jnp.int32)
+        _, shapes = jax.eval_shape(lambda x, s: self.emit(sampler, x, s, rows), logits, state)
+        out = jax.tree.map(lambda s: jnp.zeros((most, *s.shape), s.dtype), shapes)
+        out["token"] = jnp.full((most, batch), IDLE, jnp.int32)
         _, cache, state, out = jax.lax.while_loop(more, step, (jnp.int32(0), cache, state, out))
         return cache, state, out
 
@@ -161,10 +169,14 @@ class Steps:
         wider = caches.init(self.config, batch=batch, capacity=capacity, dtype=self.dtype, ops=self.ops)
         return jax.tree.map(lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), wider, cache)
 
-    def _emit(self, sampler: Sampler, logits: jax.Array, state: State, rows: Rows) -> tuple[State, Emitted]:
-        """Turn logits [B, V] into each row's next token and advance its state."""
+    def emit(
+        self, sampler: Sampler, logits: jax.Array, state: State, rows: Rows, known: jax.Array | None = None
+    ) -> tuple[State, Emitted]:
+        """Turn logits [B, V] into each row's next token, unless `known` [B] holds one; advance its state."""
         token = sampling.sample(sampler, logits, rows, state.index, state.history)
         broken = token < 0
+        if known is not None:
+            token = jnp.where((known >= 0) & ~broken, known, token)
         answering = len(self.stop_text) + 1
         stage = jnp.where((state.stage == 0) & (state.index >= rows["budget"]), 1, state.stage)
         forced = (stage > 0) & (stage < answering) & ~broken
@@ -188,3 +200,19 @@ class Steps:
             history=sampling.remember(state.history, jnp.maximum(token, 0), active),
         )
         return state, emitted
+
+
+def advance(model: Any, cache: Cache, state: State, table: jax.Array | None) -> tuple[jax.Array, Cache]:
+    """Run each row's last token; returns hidden [B, 1, D] and the cache.
+
+    In a cache of pages a row that is done stands at position 0 of the scratch page, so that it touches nothing that
+    may belong to others by now, and the rest does not wait for its length.
+    """
+    token, position = state.token, state.position
+    if table is None:
+        return model(token[:, None], positions=position[:, None], cache=cache)
+    scratch = cache[0]["k"].shape[1] - 1
+    token, position = (jnp.where(state.done, 0, x) for x in (token, position))
+    table = jnp.where(state.done[:, None], scratch, table)
+    hidden, cache = model(token[:, None], positions=position[:, None], cache=paged.opened(cache, table))
+    return hidden, paged.closed(cache)
