@@ -79,7 +79,7 @@ def from_validation(error: ValidationError) -> ApiError:
     if len(found) > MAX_ENTRIES:
         entries.append(f"and {len(found) - MAX_ENTRIES} more")
     first = found[0]["loc"] if found else ()
-    return ApiError(400, "; ".join(entries), param=clip(str(first[0]), 64) if first else None)
+    return ApiError(400, "; ".join(entries), param=clip(str(first[0]), 64) if first else _leading_name(entries[0]))
 
 
 def clip(text: str, most: int) -> str:
@@ -89,9 +89,10 @@ def clip(text: str, most: int) -> str:
 
 
 def _entry(place: Sequence[int | str], message: str, value: Any) -> str:
-    where = ".".join(clip(str(step), 40) for step in place[:6]) or "body"
+    where = ".".join(clip(str(step), 40) for step in place[:6])
     given = "" if isinstance(value, dict | list) or "required" in message else f", got {_brief(value)}"
-    return clip(f"{where}: {message.removeprefix('Value error, ')}{given}", MAX_VALUE)
+    said = message.removeprefix("Value error, ") + given
+    return clip(f"{where}: {said}" if where else said, MAX_VALUE)
 
 
 def _brief(value: Any) -> str:
@@ -105,5 +106,5 @@ def _brief(value: Any) -> str:
 
 def _leading_name(message: str) -> str | None:
     """Read the field out of a message of the form `field is value: ...`."""
-    found = re.match(r"([a-z][a-z_]{1,40}) (?:is|has|token|of) ", message)
+    found = re.match(r"([a-z][a-z_]{1,40}) (?:is|has|names|needs|must|token|of) ", message)
     return found[1] if found else None

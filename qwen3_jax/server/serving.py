@@ -12,6 +12,8 @@ from fastapi import Request as HttpRequest
 from qwen3_jax.server.errors import ApiError, clip, refuse
 from qwen3_jax.server.generation import Ask, Run
 from qwen3_jax.server.options import ServerOptions
+from qwen3_jax.server.structure import Wanted
+from qwen3_jax.text.constraints import Constraint, ConstraintError, Constraints, Grammar
 
 Result = TypeVar("Result")
 INLINE = 4096  # characters of text below which a thread costs more than it spares
@@ -35,6 +37,8 @@ class Serving:
         self.draining = False
         self.runs: set[Run] = set()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="text")
+        self._compilers = ThreadPoolExecutor(4, thread_name_prefix="grammar")
+        self.constraints = Constraints(engine.model.tokenizer, engine.model.config.vocab_size)
 
     @functools.cached_property
     def most_characters(self) -> int:
@@ -83,6 +87,20 @@ class Serving:
             raise ApiError(503, "the server is shutting down", headers={"connection": "close"})
         return Run(self.engine, asks, register=self.runs)
 
+    async def grammar(self, wanted: Wanted | None) -> Grammar | None:
+        """Compile the form that an answer must have, in a thread.
+
+        Raises:
+            ApiError: it cannot be honoured.
+        """
+        if wanted is None:
+            return None
+        compile = functools.partial(self.constraints.compile, Constraint(wanted.kind, wanted.value))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compilers, compile)
+        except ConstraintError as error:
+            raise refuse(wanted.field, str(error)) from None
+
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse token ids that the model does not have."""
         rows = self.model.config.vocab_size
@@ -91,7 +109,8 @@ class Serving:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._compilers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def serving(http: HttpRequest) -> Serving:

@@ -1,0 +1,168 @@
+"""An engine that says what it is told to: for what a model cannot be made to do.
+
+It has the interface of `qwen3_jax.engine.engine.Engine` as far as the server uses it, on the embedded checkpoint's
+tokenizer and template, without weights. A script decides what each request is answered with.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.engine.updates import EngineStopped, Listener, Load, Overloaded, RequestStats, Ticket, Update
+from qwen3_jax.reply import Reply, Timings, TokenLogprob
+from qwen3_jax.request import Request, Requests
+from qwen3_jax.sampling_params import SamplingParams
+from qwen3_jax.text.template import ChatTemplate
+from qwen3_jax.text.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parents[1] / "qwen3_jax" / "demo"
+CLOCK = Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass
+class Step:
+    """Something that happens to a request instead of a token."""
+
+    wait_s: float = 0.0
+    error: str | None = None  # the engine fails
+    broken: bool = False  # logits that are not finite
+
+
+@dataclass
+class FakeEngine:
+    """Answers with `script(request)`: text, ids, `Step`s, or several; then the end token, until the limit."""
+
+    script: Callable[[Request], Any] = lambda request: "<think>\nhm\n</think>\n\nAn answer."
+    room: int = 1000  # requests taken at once
+    failure: BaseException | None = None
+    asked: list[Any] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tokenizer = Tokenizer.from_folder(DEMO)
+        config = Qwen3Config.from_file(DEMO / "config.json")
+        self.model = SimpleNamespace(
+            name="demo",
+            config=config,
+            tokenizer=tokenizer,
+            template=ChatTemplate.from_folder(DEMO),
+            defaults=SamplingParams(temperature=0.6, top_k=20, top_p=0.95),
+        )
+        self.requests = Requests(config, tokenizer)
+        self.running: set[str] = set()
+        self.lock = threading.Lock()
+
+    def load(self) -> Load:
+        return Load(len(self.running), 0, 0, 0, 1)
+
+    def submit(
+        self,
+        request: Request,
+        listener: Listener,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        grammar: Any = None,
+        prompt_logprobs: int | None = None,
+        request_id: str = "",
+    ) -> Ticket:
+        if self.failure is not None:
+            raise EngineStopped("the engine has failed")
+        with self.lock:
+            if len(self.running) >= self.room:
+                raise Overloaded(f"{self.room} requests wait: ask again later")
+            self.running.add(request_id)
+        self.asked.append(SimpleNamespace(
+            request=request, priority=priority, salt=cache_salt, grammar=grammar, id=request_id))  # fmt: skip
+        stopped = threading.Event()
+
+        def cancel() -> None:
+            self.cancelled.append(request_id)
+            stopped.set()
+
+        work = threading.Thread(
+            target=self._answer, args=(request, listener, prompt_logprobs, request_id, stopped), daemon=True
+        )
+        work.start()
+        return Ticket(request_id, cancel)
+
+    def _answer(
+        self, request: Request, listener: Listener, prompt_logprobs: int | None, id: str, stopped: threading.Event
+    ) -> None:
+        tokenizer = self.model.tokenizer
+        reply = Reply(tokenizer, self.requests.tags, 0, request)
+        wanted = request.params.logprobs
+        prompt = None
+        if prompt_logprobs is not None:
+            prompt = (None, *(_logprob(t, prompt_logprobs) for t in request.prompt[1:]))
+        try:
+            for step in self._steps(request):
+                if isinstance(step, Step):
+                    stopped.wait(step.wait_s)
+                    if step.error is not None:
+                        reply.end("error", CLOCK)
+                        listener(Update(completion=reply.completion, stats=self._stats(reply), error=step.error))
+                        return
+                    if not step.broken and not stopped.is_set():
+                        continue
+                if stopped.is_set():
+                    pieces = reply.end("abort", CLOCK)
+                    listener(Update(tuple(pieces), completion=reply.completion, stats=self._stats(reply)))
+                    return
+                token = None if isinstance(step, Step) else step
+                entry = None if token is None or wanted is None else _logprob(token, wanted)
+                pieces = reply.take(token, entry, CLOCK)
+                done = reply.completion
+                listener(
+                    Update(
+                        tuple(pieces),
+                        () if token is None else (token,),
+                        () if entry is None else (entry,),
+                        prompt,
+                        done,
+                        None if done is None else self._stats(reply),
+                    )
+                )
+                prompt = None
+                if done is not None:
+                    return
+        finally:
+            with self.lock:
+                self.running.discard(id)
+
+    def _steps(self, request: Request) -> Iterator[int | Step]:
+        said = self.script(request)
+        parts: Iterable[Any] = [said] if isinstance(said, str | int | Step) else said
+        for part in parts:
+            if isinstance(part, str):
+                yield from self.model.tokenizer.encode(part)
+            else:
+                yield part
+        while True:
+            yield self.model.tokenizer.stop_ids[0] if request.stop_ids else 5
+
+    def _stats(self, reply: Reply) -> RequestStats:
+        done = reply.completion
+        assert done is not None
+        u = done.usage
+        return RequestStats(
+            u.prompt_tokens, u.completion_tokens, u.reasoning_tokens, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, reply.request.limit
+        )
+
+    def drain(self, timeout_s: float) -> bool:
+        until = time.monotonic() + timeout_s
+        while self.running and time.monotonic() < until:
+            time.sleep(0.01)
+        return not self.running
+
+    def stop(self) -> None:
+        pass
+
+
+def _logprob(token: int, top: int) -> TokenLogprob:
+    return TokenLogprob(token, -1.0, tuple((i, -1.0 - i) for i in range(top)))
