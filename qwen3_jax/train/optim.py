@@ -98,6 +98,11 @@ def schedule(config: ScheduleConfig, updates: int) -> Schedule:
     return rate
 
 
+def later(rate: Schedule, updates: int) -> Schedule:
+    """Return a schedule that goes on where another one is after some updates."""
+    return lambda done: rate(done + updates)
+
+
 def one_after_another(rates: Sequence[tuple[Schedule, int]]) -> Schedule:
     """Join schedules, each with the updates that it lasts; the last one goes on."""
 

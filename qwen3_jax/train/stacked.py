@@ -97,7 +97,9 @@ class Network:
         layers = axes["layers"]
         whole = jax.tree.map(lambda names: NamedSharding(mesh, spec(names, rules)), axes | {"layers": {}})
         stacked = {
-            first: jax.tree.map(lambda names: NamedSharding(mesh, PartitionSpec(None, *spec(names, rules))), layers[first])
+            first: jax.tree.map(
+                lambda names: NamedSharding(mesh, PartitionSpec(None, *spec(names, rules))), layers[first]
+            )
             for first in self.runs
         }
         return whole | {"layers": stacked}

@@ -1,7 +1,7 @@
 """One training step as a pure function: (state, frozen, batch) → (state, metrics), jitted with the state donated.
 
-The state is one tree: params, opt, step (updates applied), rng, recent (losses of the last accepted steps, for spikes).
-`frozen` is a tree that the objective reads and nothing changes: the base weights under adapters, or nothing. A batch
+The state is one tree: params, opt, step (updates applied), rng, and with spike_sigma recent, the losses of the last
+accepted steps. `frozen` is a tree that the objective reads and nothing changes: the base weights under adapters, or nothing. A batch
 holds micro-batches: every array is [A, B, T]; they are scanned and their gradients summed. A step whose loss or
 gradient is not finite, or whose loss is a spike, is refused inside the program: the state comes back bit for bit as it
 was, and metrics["refused"] says why.
@@ -124,6 +124,10 @@ class TrainStep:
             self.abstract_state(), {} if frozen is None else frozen, self.abstract_batch(micro_batches, rows, length)
         )
 
+    def compile(self, state: State, frozen: Params, batch: Arrays) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+        """Compile the step for these arguments, none of which is consumed; call the result as the step itself."""
+        return self._jitted.lower(state, frozen, batch).compile()
+
     def __call__(self, state: State, frozen: Params, batch: Arrays) -> tuple[State, dict[str, jax.Array]]:
         """Run a step: the state is consumed; metrics are device scalars (and expert_load [M, E])."""
         return self._jitted(state, frozen, batch)
@@ -138,8 +142,7 @@ class TrainStep:
             "opt": self.optimizer.init(params),
             "step": jnp.zeros((), jnp.int32),
             "rng": jax.random.key_data(key),
-            "recent": jnp.full(self.refusal.window if self.refusal.spike_sigma else 0, jnp.inf, jnp.float32),
-        }
+        } | self._recent(lambda: jnp.full(self.refusal.window, jnp.inf, jnp.float32))
 
     def _step(self, state: State, frozen: Params, batch: Arrays) -> tuple[State, dict[str, jax.Array]]:
         params, rng = state["params"], self._rng(state["rng"], state["step"])
@@ -165,18 +168,15 @@ class TrainStep:
             ((loss, sums), grads), _ = lax.scan(add, zeros, (batch, keys))
         norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        spike = finite & self._spike(loss, state["recent"])
+        spike = finite & self._spike(loss, state)
         good = finite & ~spike
-        updated, opt, rate = self.optimizer.update(
-            grads, state["opt"], params, done=state["step"], norm=norm
-        )
+        updated, opt, rate = self.optimizer.update(grads, state["opt"], params, done=state["step"], norm=norm)
         new = {
             "params": updated,
             "opt": opt,
             "step": state["step"] + 1,
             "rng": state["rng"],
-            "recent": jnp.concatenate([state["recent"][1:], loss[None]]) if self.refusal.spike_sigma else state["recent"],
-        }
+        } | self._recent(lambda: jnp.concatenate([state["recent"][1:], loss[None]]))
         new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
         metrics = self.objective.finish(sums, whole)
         refused = jnp.where(finite, jnp.where(spike, SPIKE, ACCEPTED), NOT_FINITE)
@@ -197,10 +197,14 @@ class TrainStep:
         (loss, sums), _ = lax.scan(add, zeros, batch)
         return self.objective.finish(sums, whole) | {"loss": loss}
 
-    def _spike(self, loss: jax.Array, recent: jax.Array) -> jax.Array:
+    def _recent(self, make: Callable[[], jax.Array]) -> State:
+        return {"recent": make()} if self.refusal.spike_sigma else {}
+
+    def _spike(self, loss: jax.Array, state: State) -> jax.Array:
         """Say whether a loss stands out; a window that is not full holds infinity, above which nothing stands."""
         if not self.refusal.spike_sigma:
             return jnp.zeros((), bool)
+        recent = state["recent"]
         full = jnp.all(jnp.isfinite(recent))
         return full & (loss > jnp.mean(recent) + self.refusal.spike_sigma * jnp.std(recent))
 

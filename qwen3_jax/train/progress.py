@@ -1,0 +1,63 @@
+"""What a run says on stderr: a bar with the latest numbers on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qwen3_jax.train.config import TrainConfig
+
+EVERY_S = 10.0
+
+
+@contextmanager
+def show(config: TrainConfig, *, quiet: bool = False) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """Yield what to call with a step and its metrics."""
+    if quiet:
+        yield lambda step, metrics: None
+        return
+    total = sum(stage.steps for stage in config.stages)
+    if not sys.stderr.isatty():
+        last = -EVERY_S
+
+        def say(step: int, metrics: dict[str, Any]) -> None:
+            nonlocal last
+            if time.monotonic() - last >= EVERY_S or "eval_cross_entropy" in metrics or step == total:
+                last = time.monotonic()
+                print(f"step {step}/{total} {line(metrics)}", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[numbers]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("train", total=total, numbers="")
+
+        def move(step: int, metrics: dict[str, Any]) -> None:
+            if "eval_cross_entropy" in metrics:
+                bar.print(f"step {step} {line(metrics)}")
+            else:
+                bar.update(task, completed=step, description=metrics["stage"], numbers=line(metrics))
+
+        yield move
+
+
+def line(metrics: dict[str, Any]) -> str:
+    """Render the numbers that are worth watching."""
+    shapes = {
+        "loss": "loss {:.4f}",
+        "eval_cross_entropy": "held-out loss {:.4f}",
+        "eval_accuracy": "accuracy {:.3f}",
+        "grad_norm": "norm {:.2f}",
+        "learning_rate": "rate {:.2e}",
+        "tokens_per_s": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}",
+        "expert_load_max": "busiest expert ×{:.2f}",
+    }
+    parts = [shape.format(metrics[name]) for name, shape in shapes.items() if name in metrics]
+    if metrics.get("refused_total"):
+        parts.append(f"{metrics['refused_total']} refused")
+    return " · ".join(parts)
