@@ -166,3 +166,40 @@ class FakeEngine:
 
 def _logprob(token: int, top: int) -> TokenLogprob:
     return TokenLogprob(token, -1.0, tuple((i, -1.0 - i) for i in range(top)))
+
+
+def scripts() -> dict[str, Callable[[Request], Any]]:
+    """Name some scripts, for a server of its own process."""
+
+    def slow(request: Request) -> Iterator[Any]:
+        while True:
+            yield Step(wait_s=0.05)
+            yield "a"
+
+    return {
+        "answer": lambda request: "<think>\nhm\n</think>\n\nAn answer.",
+        "slow": slow,
+        "silent": lambda request: [Step(wait_s=1e6)],
+        "long": lambda request: ["lots of text " * 200_000],
+        "fails": lambda request: ["abc", Step(wait_s=0.2), Step(error="the engine has failed: broken")],
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Serve a script: `python -m tests.fake_engine SCRIPT PORT OPTIONS-AS-JSON`."""
+    import json
+
+    from qwen3_jax.server.app import create_app
+    from qwen3_jax.server.options import ServerOptions
+    from qwen3_jax.server.run import bind, run
+
+    script, port, given = argv
+    engine = FakeEngine(scripts()[script])
+    options = ServerOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(given).items()})
+    return run(create_app(engine, options), bind("127.0.0.1", int(port)), options)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

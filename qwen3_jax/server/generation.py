@@ -154,13 +154,20 @@ def event(value: Any, name: str | None = None) -> str:
 class EventStream(StreamingResponse):
     """Server-sent events made of a run's updates; the run is closed when the stream ends or its client leaves.
 
-    An exception inside the stream becomes one event with the error object; `end` is sent last in every case.
+    An error inside the stream becomes one event, by `failed`; `end` is sent last in every case.
     """
 
-    def __init__(self, run: Run, events: AsyncIterator[str], *, end: str = DONE):
+    def __init__(
+        self,
+        run: Run,
+        events: AsyncIterator[str],
+        *,
+        end: str = DONE,
+        failed: Callable[[ApiError], str] = lambda e: event(errors.body(e.status, str(e), e.param)),
+    ):
         super().__init__(self._events(events), media_type="text/event-stream")
         self.headers.update({"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._run, self._end = run, end
+        self._run, self._end, self._failed = run, end, failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -176,6 +183,6 @@ class EventStream(StreamingResponse):
             known = errors.from_exception(error)
             if known is None:
                 raise
-            yield event(errors.body(known.status, str(known), known.param))
+            yield self._failed(known)
         if self._end:
             yield self._end

@@ -251,6 +251,47 @@ class CompletionBody(Generating):
         return self
 
 
+class ResponseText(Body):
+    format: dict[str, Any] | None = None
+
+
+class ResponseReasoning(Body):
+    effort: str | None = None
+
+
+class ResponsesBody(Generating):
+    """POST /v1/responses; tools and text formats are flat there, see `responses_input`."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    text: ResponseText | None = None
+    reasoning: ResponseReasoning | None = None
+    tools: list[dict[str, Any]] | None = Field(None, max_length=256)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
+    metadata: dict[str, str] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+
+    REFUSED: ClassVar[dict[str, str]] = Generating.REFUSED | {
+        "previous_response_id": "nothing is stored: send the conversation as input",
+        "conversation": "nothing is stored: send the conversation as input",
+        "background": "nothing is stored: keep the connection open",
+        "prompt": "nothing is stored: send instructions and input",
+    }
+
+    @field_validator("n")
+    @classmethod
+    def _one(cls, value: int | None) -> int | None:
+        if value is not None and value > 1:
+            raise ValueError("a response has one choice")
+        return value
+
+
 class TokenizeBody(Body):
     """POST /tokenize: a prompt, or a conversation."""
 

@@ -1,13 +1,15 @@
-"""Tool calling: what `tool_choice` asks for, and the model's calls in the form of the OpenAI API."""
+"""Tool calling: what `tool_choice` asks for, and the model's calls as deltas of the OpenAI API."""
 
+import secrets
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qwen3_jax.server.schema import ChatBody, NamedTool
 from qwen3_jax.server.structure import Wanted
+from qwen3_jax.text import tools as hermes
 
 
-class Plain:
+class Content:
     """No tools: the answer is content."""
 
     called = False
@@ -21,22 +23,74 @@ class Plain:
         return []
 
 
+class Calls:
+    """An answer that may call tools."""
+
+    def __init__(self, calling: "Calling"):
+        self._stream = hermes.ToolStream(names=calling.names, eager=calling.forced is not None)
+        self._most = None if calling.parallel else 1
+        self.called = False
+
+    def feed(self, text: str) -> list[dict[str, Any]]:
+        """Return the deltas of a piece of the answer."""
+        return self._deltas(self._stream.feed(text))
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Return what was held back when the answer ends."""
+        return self._deltas(self._stream.finish())
+
+    def _deltas(self, events: list[hermes.Event]) -> list[dict[str, Any]]:
+        out: list[dict[str, Any]] = []
+        for event in events:
+            if isinstance(event, hermes.Text):
+                out += [{"content": event.text}] if event.text else []
+            elif self._most is not None and event.index >= self._most:
+                continue  # one call was asked for
+            elif isinstance(event, hermes.CallStart):
+                self.called = True
+                function = {"name": event.name, "arguments": ""}
+                out.append(_delta(event.index, id=f"call_{secrets.token_hex(12)}", type="function", function=function))
+            elif isinstance(event, hermes.CallArguments):
+                out.append(_delta(event.index, function={"arguments": event.text}))
+        return out
+
+
+def _delta(index: int, **call: Any) -> dict[str, Any]:
+    return {"tool_calls": [{"index": index, **call}]}
+
+
 @dataclass(frozen=True)
 class Calling:
-    """How one request wants tools to be called; `forced` is the form that makes the model call one."""
+    """How one request wants tools to be called.
 
-    mode: Literal["none", "auto", "forced"]
+    Attributes:
+        names: of the functions that may be called; () for none.
+        parallel: more than one at once.
+        forced: the form of an answer that must call.
+    """
+
     names: tuple[str, ...] = ()
     parallel: bool = True
     forced: Wanted | None = None
 
     @classmethod
     def of(cls, body: ChatBody) -> "Calling":
-        """Read the fields about tools."""
-        if not body.tools or body.tool_choice == "none":
-            return cls("none")
-        return cls("auto", tuple(t.function.name for t in body.tools))
+        """Read the fields about tools.
 
-    def parser(self) -> Any:
-        """Return a parser of one answer: feed text, get deltas."""
-        return Plain()
+        Raises:
+            ToolError: tools that cannot be forced.
+        """
+        if not body.tools or body.tool_choice == "none":
+            return cls()
+        names = tuple(tool.function.name for tool in body.tools)
+        parallel = body.parallel_tool_calls is not False
+        if body.tool_choice in (None, "auto"):
+            return cls(names, parallel)
+        chosen = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+        form = hermes.constraint(tools, chosen or "required", parallel=parallel)
+        return cls(names if chosen is None else (chosen,), parallel, Wanted("tools", form.kind, form.value))
+
+    def parser(self) -> Content | Calls:
+        """Return what reads one answer: feed text, get deltas."""
+        return Calls(self) if self.names else Content()

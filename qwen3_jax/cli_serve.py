@@ -1,0 +1,169 @@
+"""The subcommand `serve`: a model folder behind the OpenAI API. See `cli` for the rest."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from qwen3_jax.engine.options import EngineOptions
+
+KEY = "QWEN3_JAX_API_KEY"
+
+
+class ServeError(ValueError):
+    """A server that cannot be started as asked."""
+
+
+def _file(help: str) -> Any:
+    return arg(metavar="FILE", help=help, help_behavior_hint="")
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP, with the OpenAI API and a chat page at /.
+
+    SIGTERM lets requests end, then the server; exit code 0. If the engine fails, /health is 503 and the exit code 1.
+    Everything but /health needs the API key when one is set.
+    """
+
+    folder: Positional[
+        Annotated[
+            str,
+            arg(metavar="[DIR]", help="model folder or hub id", help_behavior_hint="(default: the one in the package)"),
+        ]
+    ] = ""
+    host: Annotated[str, arg(metavar="ADDRESS", help="to listen on; 0.0.0.0 for all")] = "127.0.0.1"
+    port: Annotated[int, arg(metavar="N", help="to listen on; 0 for a free one, which the log names")] = 8000
+    api_key: Annotated[
+        tuple[str, ...],
+        arg(metavar="KEY [KEY ...]", help=f"any of them opens the server; better in ${KEY}", help_behavior_hint=""),
+    ] = ()
+    served_model_name: Annotated[
+        tuple[str, ...],
+        arg(metavar="NAME [NAME ...]", help="what requests call it", help_behavior_hint="(default: the folder's name)"),
+    ] = ()
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        arg(
+            metavar="{float32,bfloat16}",
+            help="compute and keep weights in this dtype",
+            help_behavior_hint="(default: the file's)",
+        ),
+    ] = None
+    mesh: Annotated[
+        str | None,
+        arg(
+            metavar="AXES",
+            help="spread the model over all devices, as in data=1,expert=4,model=4",
+            help_behavior_hint="(default: one device)",
+        ),
+    ] = None
+    compile_cache: Annotated[
+        str | None,
+        arg(
+            metavar="DIR|off",
+            help="where compiled programs are kept",
+            help_behavior_hint="(default: $QWEN3_JAX_COMPILE_CACHE, else the user's cache folder)",
+        ),
+    ] = None
+
+    rows: Annotated[int, arg(metavar="N", help="requests decoded together")] = EngineOptions.rows
+    cache_tokens: Annotated[
+        int | None,
+        arg(metavar="N", help="tokens of KV cache", help_behavior_hint="(default: rows * min(context, 4096))"),
+    ] = None
+    page_tokens: Annotated[int, arg(metavar="N", help="tokens per page of it")] = EngineOptions.page_tokens
+    chunk_tokens: Annotated[int, arg(metavar="N", help="prompt tokens per prefill call")] = EngineOptions.chunk_tokens
+    decode_tokens: Annotated[int, arg(metavar="N", help="tokens per decode call when nobody waits")] = (
+        EngineOptions.decode_tokens
+    )
+    max_waiting: Annotated[int, arg(metavar="N", help="queued requests; more get 503")] = EngineOptions.max_waiting
+    max_waiting_tokens: Annotated[
+        int | None, arg(metavar="N", help="queued prompt tokens", help_behavior_hint="(default: unlimited)")
+    ] = None
+    no_prefix_cache: Annotated[bool, arg(help="compute every prompt from its beginning", help_behavior_hint="")] = False
+    no_deterministic: Annotated[
+        bool, arg(help="let results depend on what runs beside them, where that is faster", help_behavior_hint="")
+    ] = False
+
+    trust_request_chat_template: Annotated[
+        bool, arg(help="run chat templates that come with requests (sandboxed)", help_behavior_hint="")
+    ] = False
+    cors_origin: Annotated[
+        tuple[str, ...],
+        arg(metavar="URL [URL ...]", help="web pages that may call the server, * for all", help_behavior_hint=""),
+    ] = ()
+    max_requests: Annotated[int, arg(metavar="N", help="HTTP requests at work; more get 503")] = 1024
+    shutdown_timeout: Annotated[float, arg(metavar="S", help="for running requests after SIGTERM; 0 aborts them")] = 30
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], arg(help="of the JSON log on stderr")] = "info"
+    log_prompts: Annotated[bool, arg(help="write requests into the log", help_behavior_hint="")] = False
+    ssl_keyfile: Annotated[str | None, _file("private key for HTTPS")] = None
+    ssl_certfile: Annotated[str | None, _file("certificate for HTTPS")] = None
+    ssl_ca_certs: Annotated[str | None, _file("certificates of clients' authorities")] = None
+    ssl_ciphers: Annotated[
+        str | None, arg(metavar="TEXT", help="of OpenSSL", help_behavior_hint="(default: OpenSSL's)")
+    ] = None
+
+    def run(self) -> int:
+        try:
+            from qwen3_jax.server.run import Tls, bind
+        except ImportError as error:
+            raise ServeError(f"{error.name} is missing: pip install 'qwen3-jax[serve]'") from None
+        options, engine_options = self._server_options(), self._engine_options()
+        if not 0 <= self.port <= 65535:
+            raise ServeError(f"port is {self.port}: must be from 0 to 65535")
+        tls = Tls(self.ssl_keyfile, self.ssl_certfile, self.ssl_ca_certs, self.ssl_ciphers)
+        listener = bind(self.host, self.port)  # before minutes of loading
+        with listener:
+            return self._serve(listener, options, engine_options, tls)
+
+    def _serve(self, listener: Any, options: Any, engine_options: EngineOptions, tls: Any) -> int:
+        import logging
+        import logging.config
+
+        from qwen3_jax.engine.engine import Engine
+        from qwen3_jax.loaded import load_model
+        from qwen3_jax.server import logs
+        from qwen3_jax.server.app import create_app
+        from qwen3_jax.server.run import run
+
+        logging.config.dictConfig(logs.config(self.log_level))
+        model = load_model(
+            self.folder or Path(__file__).parent / "demo",
+            dtype=self.dtype,
+            mesh=self.mesh,
+            cache=self.compile_cache,
+            progress=True,
+        )
+        logs.log(logging.INFO, "loaded", model=model.name, seconds=round(model.load_s, 2))
+        engine = Engine(model, engine_options)
+        engine.start(lambda line: logs.log(logging.INFO, line))
+        try:
+            return run(create_app(engine, options), listener, options, tls=tls, log_level=self.log_level)
+        finally:
+            engine.stop()
+
+    def _server_options(self) -> Any:
+        from qwen3_jax.server.options import ServerOptions
+
+        keys = self.api_key or tuple(filter(None, [os.environ.get(KEY)]))
+        return ServerOptions(
+            names=self.served_model_name,
+            api_keys=keys,
+            cors_origins=self.cors_origin,
+            trust_request_chat_template=self.trust_request_chat_template,
+            max_requests=self.max_requests,
+            drain_s=float(self.shutdown_timeout),
+            log_prompts=self.log_prompts,
+        )
+
+    def _engine_options(self) -> EngineOptions:
+        same = ("rows", "cache_tokens", "page_tokens", "chunk_tokens", "decode_tokens", "max_waiting")
+        return EngineOptions(
+            **{name: getattr(self, name) for name in same},
+            max_waiting_tokens=self.max_waiting_tokens,
+            prefix_cache=not self.no_prefix_cache,
+            deterministic=not self.no_deterministic,
+        )
