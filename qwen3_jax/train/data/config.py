@@ -38,7 +38,7 @@ class DataConfig:
     sources: tuple[Source, ...]
     shuffle: bool = True  # another order in every epoch, decided by the seed
     epochs: int | None = None  # passes over everything, then the data ends; None: no end
-    lookahead: int = 16  # examples that may wait for a row with room for them
+    lookahead: int = 32  # examples among which a row finds what fits it
     bad_records: Literal["skip", "stop"] = "skip"  # skipped records are counted and named
     max_record_bytes: int = 64 << 20  # a longer line is a bad record
     prefetch: int = 2  # batches made ahead in a thread; 0: none

@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -170,7 +170,7 @@ class Loader:
     def _snapshot(self) -> tuple[dict[str, list], int]:
         return {str(lane.index): lane.state() for lane in self._lanes}, self._batches
 
-    def _made(self) -> Iterator[tuple[Batch, tuple[dict[str, list], int]]]:
+    def _made(self) -> Generator[tuple[Batch, tuple[dict[str, list], int]]]:
         with ThreadPoolExecutor(self.config.threads, "qwen3_jax rows") as pool:
             while True:
                 rows = list(pool.map(Lane.row, self._lanes))
@@ -188,7 +188,7 @@ class Loader:
 class _Ahead:
     """An iterator that a thread runs ahead of; an exception comes out where it was raised."""
 
-    def __init__(self, make: Callable[[], Iterator[Any]], depth: int):
+    def __init__(self, make: Callable[[], Generator[Any]], depth: int):
         self._items = make()
         self._queue: queue.Queue[tuple[Any, BaseException | None]] | None = None
         self._stopping = threading.Event()
@@ -207,6 +207,8 @@ class _Ahead:
             self._put((None, StopIteration()))
         except BaseException as error:
             self._put((None, error))
+        finally:
+            self._items.close()
 
     def _put(self, item: tuple[Any, BaseException | None]) -> None:
         assert self._queue is not None
@@ -230,6 +232,8 @@ class _Ahead:
         self._stopping.set()
         if self._queue is not None:
             self._thread.join()
+        else:
+            self._items.close()
 
 
 def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,8 +49,9 @@ class Lines:
 
     def __init__(self, path: Path, *, json_lines: bool, max_bytes: int):
         self._path, self._json, self._max_bytes = path, json_lines, max_bytes
-        self._file = open(path, "rb")  # noqa: SIM115 - stays open: the records outlive a rename or removal of the file
-        self.size_bytes = os.fstat(self._file.fileno()).st_size
+        self._file = os.open(path, os.O_RDONLY)  # stays open: the records outlive a rename or removal of the file
+        weakref.finalize(self, os.close, self._file)
+        self.size_bytes = os.fstat(self._file).st_size
         self._ends = _line_ends(self._file, self.size_bytes)
 
     def __len__(self) -> int:
@@ -61,7 +63,7 @@ class Lines:
         if size > self._max_bytes:
             raise BadRecord("too large", f"{size} bytes, data.max_record_bytes is {self._max_bytes}")
         try:
-            line = os.pread(self._file.fileno(), size, start)
+            line = os.pread(self._file, size, start)
         except OSError as error:
             raise BadRecord("unreadable", str(error.strerror)) from None
         if len(line) < size:
@@ -83,10 +85,10 @@ class Lines:
         return record
 
 
-def _line_ends(file: Any, size: int) -> np.ndarray:
+def _line_ends(file: int, size: int) -> np.ndarray:
     """Return where each line ends, int64; the last may lack its newline."""
     ends, done = [], 0
-    while piece := os.pread(file.fileno(), min(SCAN_BYTES, size - done), done):
+    while piece := os.pread(file, min(SCAN_BYTES, size - done), done):
         ends.append(np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + done)
         done += len(piece)
     found = np.concatenate(ends) if ends else np.zeros(0, np.int64)
