@@ -425,7 +425,7 @@ def test_without_llguidance_the_remedy_is_named(monkeypatch):
 
 
 def test_importing_the_module_does_not_import_llguidance():
-    code = "import sys, qwen3_jax.text.constraints; assert 'llguidance' not in sys.modules"
+    code = "import sys, qwen3_jax.text.constraints, qwen3_jax.text.tools; assert 'llguidance' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
