@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint bench pods ci clean
+.PHONY: help demo test test-slow test-page lint bench bench-serve soak soak-train demo-model pods pods-check pods-gpu ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,10 +19,17 @@ test: $(VENV)/.test  ## the default test suite, against live PyTorch
 test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow -q
 
-pods: $(VENV)/.test  ## compile for TPU slices that need not exist: the checks, then the tables
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
-	$(BIN)/python -m pytest -m tpu -q
+pods: pods-check  ## compile for TPU slices that need not exist: the checks, then the tables
 	$(BIN)/python scripts/pods.py
+
+bench-serve: $(VENV)/.test  ## the engine under load, against transformers and against itself without batching
+	$(BIN)/python scripts/bench_serve.py
+
+soak: $(VENV)/.test  ## the server's faults S1 to S10, against a live server; 15 minutes
+	$(BIN)/python scripts/soak_serve.py
+
+soak-train: $(VENV)/.test  ## the training's faults T1 to T11: kills, flips, full disks; 20 minutes
+	$(BIN)/python scripts/soak_train.py
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from qwen3_jax import cli_mesh
+from qwen3_jax import cli_batch, cli_mesh, cli_serve, cli_train
 from qwen3_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -351,6 +351,10 @@ class Demo:
 Commands = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Chat, subcommand("chat")]
+    | Annotated[cli_serve.Serve, subcommand("serve")]
+    | Annotated[cli_batch.Batch, subcommand("batch")]
+    | Annotated[cli_train.Train, subcommand("train")]
+    | Annotated[cli_train.Plot, subcommand("plot")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Parity, subcommand("parity")]
     | Annotated[Models, subcommand("models")]
@@ -394,7 +398,7 @@ def _parse(argv: list[str]) -> Command:
                 Commands,  # pyright: ignore[reportArgumentType]
                 prog="qwen3-jax",
                 description="Qwen3 in JAX: Hugging Face checkpoints in, text out, numbers equal to PyTorch's.",
-                args=argv or ["--help"],
+                args=cli_train.set_flags(argv) or ["--help"],
                 config=(FlagCreatePairsOff,),
             )
     except SystemExit as stop:
