@@ -16,11 +16,17 @@ probability of zero, so a sequence whose numbers broke cannot break the next own
 Axis letters: B rows, T query length, K kv heads, G query heads of one of them, N = K*G, H head_dim, P pages, S slots.
 """
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from qwen3_jax.ops import LayerCache, Ops, plain
+from qwen3_jax.sharding import Rules, spec
 
 Layers = list[LayerCache]
 
@@ -145,7 +151,7 @@ def _contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
-def paged(ops: Ops, *, platform: str) -> Ops:
+def paged(ops: Ops, *, platform: str, mesh: Mesh | None = None, rules: Rules | None = None) -> Ops:
     """Return a formulation whose cache is in pages; the rest of it stays.
 
     `init_cache` of the result takes (pages, page_tokens, kv_heads, head_dim, dtype), see `init`.
@@ -153,12 +159,38 @@ def paged(ops: Ops, *, platform: str) -> Ops:
     Args:
         ops: the formulation of everything else.
         platform: as in `ops.for_platform`.
+        mesh, rules: where the arrays lie, if they are spread. Every device has all pages of its heads and writes the
+            tokens of all rows; it attends for its own rows.
     """
 
     def init_cache(pages: int, page_tokens: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
         # Everything that a CPU does to bfloat16 but multiply is done in float32, on a widened copy: see `ops.cpu`.
         return init(pages, page_tokens, kv_heads, head_dim, jnp.dtype(jnp.float32) if platform == "cpu" else dtype)
 
-    return ops._replace(
-        init_cache=init_cache, update_cache=update, attend_cache=attend_blocks, cache_axes=CACHE_AXES
-    )
+    write, read = update, attend_blocks
+    if mesh is not None and rules is not None:
+        write, read = _on_mesh(write, read, mesh, rules)
+    return ops._replace(init_cache=init_cache, update_cache=write, attend_cache=read, cache_axes=CACHE_AXES)
+
+
+def _on_mesh(
+    write: Callable[..., LayerCache], read: Callable[..., jax.Array], mesh: Mesh, rules: Rules
+) -> tuple[Callable[..., LayerCache], Callable[..., jax.Array]]:
+    """Run the two on every device's own heads; see `paged`."""
+    pages = {name: spec(axes, rules) for name, axes in CACHE_AXES.items()} | {"table": PartitionSpec()}
+    heads = PartitionSpec(None, None, rules["kv_heads"] or None)
+    ways = math.prod(mesh.shape[axis] for axis in rules["batch"])
+
+    def shard(function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
+        return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+    def update_all(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerCache:
+        return shard(write, (pages, heads, heads, PartitionSpec()), pages)(cache, k, v, start)
+
+    def attend_own(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+        batch = (rules["batch"] or None) if q.shape[0] % ways == 0 else None
+        queries = PartitionSpec(batch, None, rules["heads"] or None)
+        ins = (queries, pages | {"table": PartitionSpec(batch)}, PartitionSpec(batch))
+        return shard(lambda *args: read(*args, scale), ins, queries)(q, cache, positions)
+
+    return update_all, attend_own

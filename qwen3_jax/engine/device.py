@@ -1,0 +1,267 @@
+"""The device side of an engine: the arrays that stay there, and the compiled programs that take them further.
+
+Every method dispatches and returns without waiting; `Emitted` is read later. All that comes from the host is numpy, so
+that in a mesh of several processes each can be handed the same calls.
+"""
+
+import functools
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwen3_jax.engine.observer import Observer
+from qwen3_jax.engine.options import CACHE_CONTEXT, EngineOptionError, EngineOptions
+from qwen3_jax.engine.programs import DECODES, Programs, Seat, row_names, samplers, seat
+from qwen3_jax.loaded import LoadedModel
+from qwen3_jax.model import declare
+from qwen3_jax.ops.paged import paged
+from qwen3_jax.request import Request, Requests
+from qwen3_jax.sampling_params import SamplingParams
+from qwen3_jax.sharding import spec
+from qwen3_jax.steps import Emitted, State, Steps
+
+log = logging.getLogger("qwen3_jax.engine")
+
+MEMORY_SHARE = 0.5  # of what a CPU's memory has left, 0.9 of an accelerator's: the cache must leave room for steps
+
+
+class Device:
+    """Parameters, pages and rows of one engine.
+
+    Attributes:
+        pages: of the cache, without the scratch page, whose number this is.
+        columns: of a row's table.
+        samplers: {name: Sampler} that programs exist for.
+        compiles: programs compiled so far, and compile_s the seconds it took.
+    """
+
+    def __init__(self, model: LoadedModel, options: EngineOptions, observer: Observer):
+        config, mesh = model.config, model.mesh
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        ops = paged(model.ops, platform=platform, mesh=mesh, rules=model.rules)
+        graphdef, _ = declare(config, dtype=model.dtype, ops=ops)
+        tags = Requests(config, model.tokenizer).tags
+        self.steps = Steps(
+            graphdef,
+            config,
+            jnp.dtype(model.dtype),
+            ops,
+            () if tags is None else tags.stop_ids,
+            -1 if tags is None else tags.close_id,
+        )
+        self.model = model
+        self.options = options
+        self.observer = observer
+        self.tokens = model.tokenizer.vocab_size
+        self.samplers = samplers(tokens=self.tokens)
+        self.compiles, self.compile_s = 0, 0.0
+        self.buckets = _buckets(options)
+        self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._programs: dict[tuple[Any, ...], Any] = {}
+        self._functions = Programs(self.steps, options.decode_tokens, options.chunk_tokens)
+        empty = lambda pages: ops.init_cache(  # noqa: E731
+            pages, options.page_tokens, config.num_key_value_heads, config.head_dim, self.steps.dtype
+        )
+        page = jax.eval_shape(lambda: empty(0))  # the scratch page alone
+        layers = config.num_hidden_layers
+        self.page_bytes = layers * sum(math.prod(a.shape) * a.dtype.itemsize for a in page.values())
+        self.pages = _pages(options, config.max_position_embeddings, self.page_bytes)
+        chunk_pages = -(-options.chunk_tokens // options.page_tokens)
+        longest = min(-(-config.max_position_embeddings // options.page_tokens), self.pages)
+        self.columns = longest + chunk_pages  # the padding of a last chunk writes behind it, to the scratch page
+        self._cache_at: Any = None
+        if mesh is not None and model.rules is not None:
+            axes = ops.cache_axes
+            self._cache_at = [{name: NamedSharding(mesh, spec(axes[name], model.rules)) for name in axes}] * layers
+        self._cache = jax.jit(lambda: [empty(self.pages) for _ in range(layers)], out_shardings=self._cache_at)()
+        self._state, self._rows, self._edits = self._empty()
+
+    # What is dispatched
+
+    def prefill(self, table: np.ndarray, tokens: np.ndarray, start: int) -> tuple[jax.Array, jax.Array]:
+        """Run one sequence's next tokens [n], n at most the chunk; its table [columns]. See `Programs.prefill`."""
+        length = len(tokens)
+        bucket = next(size for size in self.buckets if size >= length)
+        padded = np.zeros((1, bucket), np.int32)
+        padded[0, :length] = tokens
+        at, count = np.array([start], np.int32), np.array([length], np.int32)
+        self._cache, hidden, last = self._call(
+            "prefill", (self.model.params, self._cache, table[None], padded, at, count), donate=(1,), key=bucket
+        )
+        return hidden, last
+
+    def score(self, hidden: jax.Array, targets: np.ndarray) -> Emitted:
+        """Return log-probabilities of the tokens that follow a chunk's hidden [T, D], padded to T."""
+        padded = np.zeros(hidden.shape[0], np.int32)
+        padded[: len(targets)] = targets
+        return self._call("score", (self.model.params, hidden, padded), key=(), sampler=self.samplers["all"])
+
+    def join(self, row: int, last: jax.Array, seat: Seat, name: str) -> Emitted:
+        """Draw a sequence's next token and give it a row; `name` of the sampler is "whole" or "all"."""
+        args = (self.model.params, last, self._state, self._rows, self._edits_of(name), np.int32(row), seat)
+        self._state, self._rows, edits, out = self._call(
+            "join", args, donate=(2, 3, 4), key=name, sampler=self.samplers[name]
+        )
+        self._edits = edits or self._edits
+        return out
+
+    def decode(self, table: np.ndarray, active: np.ndarray, count: int, known: np.ndarray, name: str) -> Emitted:
+        """Emit up to `count` tokens per active row: table [B, columns], known [decode_tokens, B]."""
+        args = (self.model.params, self._cache, self._state, self._edits_of(name), self._rows)
+        self._cache, self._state, edits, out = self._call(
+            "decode",
+            (*args, table, active, np.int32(count), known),
+            donate=(1, 2, 3),
+            key=name,
+            sampler=self.samplers[name],
+        )
+        self._edits = edits or self._edits
+        return out
+
+    def forward(self, table: np.ndarray, active: np.ndarray) -> jax.Array:
+        """Run the last token of every active row; returns the logits [B, V] for `draw`."""
+        args = (self.model.params, self._cache, self._state, table, active)
+        self._cache, logits = self._call("forward", args, donate=(1,), key=())
+        return logits
+
+    def draw(
+        self, logits: jax.Array, active: np.ndarray, known: np.ndarray, answers: np.ndarray, allowed: np.ndarray
+    ) -> Emitted:
+        """Draw one token per active row; known, answers [B], allowed [B, W]."""
+        args = (logits, self._state, self._edits, self._rows, active, known, answers, allowed)
+        self._state, self._edits, out = self._call("draw", args, donate=(1, 2), key=(), sampler=self.samplers["all"])
+        return out
+
+    # Compiling
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compile every program, by running each once on nothing."""
+        B, V = self.options.rows, self.model.config.vocab_size
+        nobody, table = np.zeros(B, np.bool_), np.full((B, self.columns), self.pages, np.int32)
+        known = np.full((self.options.decode_tokens, B), -1, np.int32)
+        tell = progress or (lambda text: None)
+        hidden = last = None
+        for bucket in self.buckets:
+            tell(f"prefill of {bucket} tokens")
+            hidden, last = self.prefill(table[0], np.zeros(bucket, np.int32), 0)
+        assert hidden is not None
+        assert last is not None
+        self.score(hidden, np.zeros(1, np.int32))
+        for name in ("whole", "all"):
+            tell(f"first token, {name}")
+            self.join(0, last, self._dummy_seat(name), name)
+        for name in DECODES:
+            tell(f"decode of {B} rows, {name}")
+            self.decode(table, nobody, 1, known, name)
+        tell("decode under grammars")
+        logits = self.forward(table, nobody)
+        self.draw(logits, nobody, known[0], nobody, np.zeros((B, -(-V // 32)), np.uint32))
+        jax.block_until_ready(self._state)
+        self._state, self._rows, self._edits = self._empty()
+
+    def wait(self) -> None:
+        """Wait until nothing is under way."""
+        jax.block_until_ready((self._cache, self._state))
+
+    def _call(self, name: str, args: tuple[Any, ...], *, key: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
+        args = jax.tree.map(self._given, args)
+        program = self._programs.get((name, key))
+        if program is None:
+            began = time.perf_counter()
+            function = functools.partial(getattr(self._functions, name), **static)
+            outs = None if self._everywhere is None else self._out_shardings(name)
+            lowered = jax.jit(function, donate_argnums=donate, out_shardings=outs).lower(*args)
+            program = self._programs[name, key] = lowered.compile()
+            spent = time.perf_counter() - began
+            self.compiles, self.compile_s = self.compiles + 1, self.compile_s + spent
+            self.observer.compiled(f"{name} {key}" if key else name, spent)
+        return program(*args)
+
+    def _given(self, array: Any) -> Any:
+        """Put what comes from the host everywhere, on a mesh; one device takes numpy as it is."""
+        if self._everywhere is None or isinstance(array, jax.Array):
+            return array
+        return jax.device_put(array, self._everywhere)
+
+    def _out_shardings(self, name: str) -> Any:
+        whole = self._everywhere
+        cache = self._cache_at
+        return {
+            "prefill": (cache, whole, whole),
+            "decode": (cache, whole, whole, whole),
+            "forward": (cache, whole),
+        }.get(name, whole)
+
+    def _edits_of(self, name: str) -> dict[str, jax.Array]:
+        return self._edits if self.samplers[name].edits else {}
+
+    def _dummy_seat(self, name: str) -> Seat:
+        request = Request([0], SamplingParams(temperature=0.0), seed=0, stop_ids=(), limit=1)
+        return seat(self.steps, request, [], target=1, index=0, known=-1, sampler=self.samplers[name], allowed=None)
+
+    def _empty(self) -> tuple[State, dict[str, jax.Array], dict[str, jax.Array]]:
+        B, V = self.options.rows, self.model.config.vocab_size
+        put = functools.partial(jax.device_put, device=self._everywhere)
+        zeros = lambda shape, dtype: put(np.zeros(shape, dtype))  # noqa: E731
+        state = State(
+            token=zeros(B, np.int32),
+            position=zeros(B, np.int32),
+            index=zeros(B, np.int32),
+            stage=zeros(B, np.int32),
+            done=put(np.ones(B, np.bool_)),
+            history={},
+        )
+        one = self._dummy_seat("whole")
+        rows = {name: put(np.repeat(one[name], B, axis=0)) for name in row_names(one)}
+        edits = {
+            "bias": zeros((B, V), np.float32),
+            "prompt": zeros((B, V), np.bool_),
+            "counts": zeros((B, V), np.int32),
+        }
+        return state, rows, edits
+
+
+def _buckets(options: EngineOptions) -> list[int]:
+    """Return the chunk shapes, ascending: the whole chunk, and quarters of it down to a page."""
+    sizes = [options.chunk_tokens]
+    while sizes[-1] // 4 >= options.page_tokens:
+        sizes.append(-(-sizes[-1] // 4 // options.page_tokens) * options.page_tokens)
+    return sizes[::-1]
+
+
+def _pages(options: EngineOptions, context: int, page_bytes: int) -> int:
+    """Return how many pages the options ask for, or memory allows if they leave it open."""
+    wanted = options.pages(context)
+    if options.cache_tokens is None and (free := _free_bytes()) is not None:
+        wanted = min(wanted, free // page_bytes)
+    if wanted < 2:
+        raise EngineOptionError(
+            f"a cache of {wanted} pages of {page_bytes} bytes: free memory, or set cache_tokens to what is there"
+        )
+    context_of = f" (rows * {CACHE_CONTEXT} at most)" if options.cache_tokens is None else ""
+    log.info(
+        "KV cache: %d pages of %d tokens, %d tokens%s, %.2f GB",
+        wanted, options.page_tokens, wanted * options.page_tokens, context_of, wanted * page_bytes / 1e9,
+    )  # fmt: skip
+    return wanted
+
+
+def _free_bytes() -> int | None:
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        try:
+            return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE)
+        except (ValueError, OSError):
+            return None
+    stats: Mapping[str, int] | None = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return int((stats["bytes_limit"] - stats["bytes_in_use"]) * 0.9)
