@@ -29,7 +29,8 @@ class Step:
     """Something that happens to a request instead of a token."""
 
     wait_s: float = 0.0
-    error: str | None = None  # the engine fails
+    error: str | None = None  # the engine cannot go on with this request
+    fatal: bool = False  # nor with any other
     broken: bool = False  # logits that are not finite
 
 
@@ -105,6 +106,8 @@ class FakeEngine:
                 if isinstance(step, Step):
                     stopped.wait(step.wait_s)
                     if step.error is not None:
+                        if step.fatal:
+                            self.failure = RuntimeError(step.error)
                         reply.end("error", CLOCK)
                         listener(Update(completion=reply.completion, stats=self._stats(reply), error=step.error))
                         return
@@ -180,8 +183,8 @@ def scripts() -> dict[str, Callable[[Request], Any]]:
         "answer": lambda request: "<think>\nhm\n</think>\n\nAn answer.",
         "slow": slow,
         "silent": lambda request: [Step(wait_s=1e6)],
-        "long": lambda request: ["lots of text " * 200_000],
-        "fails": lambda request: ["abc", Step(wait_s=0.2), Step(error="the engine has failed: broken")],
+        "long": lambda request: [64] * 100_000,
+        "dies": lambda request: ["abc", Step(error="the engine has failed: broken", fatal=True)],
     }
 
 
@@ -195,7 +198,8 @@ def main(argv: list[str]) -> int:
 
     script, port, given = argv
     engine = FakeEngine(scripts()[script])
-    options = ServerOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(given).items()})
+    changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(given).items()}
+    options = ServerOptions(**changes)
     return run(create_app(engine, options), bind("127.0.0.1", int(port)), options)
 
 

@@ -86,10 +86,12 @@ class Calling:
         parallel = body.parallel_tool_calls is not False
         if body.tool_choice in (None, "auto"):
             return cls(names, parallel)
-        chosen = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+        choice = body.tool_choice
+        if isinstance(choice, NamedTool):
+            names, choice = (choice.function.name,), choice.model_dump()
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        form = hermes.constraint(tools, chosen or "required", parallel=parallel)
-        return cls(names if chosen is None else (chosen,), parallel, Wanted("tools", form.kind, form.value))
+        form = hermes.constraint(tools, choice, parallel=parallel)
+        return cls(names, parallel, form and Wanted("tools", form.kind, form.value))
 
     def parser(self) -> Content | Calls:
         """Return what reads one answer: feed text, get deltas."""
