@@ -72,6 +72,12 @@ class Plan:
     batch: Annotated[int, arg(metavar="N", help="rows of a decode step")] = 32
     context: Annotated[int, arg(metavar="N", help="cache slots per row, and tokens of a prefill")] = 4096
     mesh: Annotated[str, arg(metavar="AXES|auto", help=f"{AXES}; or the best of all")] = "auto"
+    phases: Annotated[
+        tuple[Literal["prefill", "first", "decode"], ...],
+        arg(
+            metavar="PHASE ...", help="compile these, and choose the mesh by them", help_behavior_hint="(default: all)"
+        ),
+    ] = ("prefill", "first", "decode")
     dtype: CacheDtype = "bfloat16"
     report: Annotated[Path | None, arg(metavar="FILE", help="write an HTML page", help_behavior_hint="")] = None
     hlo: Annotated[
@@ -85,7 +91,7 @@ class Plan:
 
     def run(self) -> int:
         from qwen3_jax.plan import compile as compiling
-        from qwen3_jax.plan import fleet
+        from qwen3_jax.plan import fleet, show
 
         console = _console()
         if self.fleet:
@@ -105,15 +111,16 @@ class Plan:
             context=self.context,
             mesh=self.mesh,
             dtype=self.dtype,
+            phases=self.phases,
             hlo_dir=self.hlo,
             progress=lambda line: print(line, file=sys.stderr),
         )
         if self.report is not None:
-            self.report.write_text(compiling.page([found]))
+            self.report.write_text(show.page([found]))
         if self.json:
             print(json.dumps(found.to_json(), indent=1))
         else:
-            console.print(compiling.table(found))
+            console.print(show.table(found))
         return 0 if found.fits else 1
 
 

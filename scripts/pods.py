@@ -1,82 +1,111 @@
-"""Compile the reference workloads for TPU slices that are not here and print their table. Needs the `tpu` extra; hours.
+"""Compile the reference workloads for slices that are not here and print their table. Needs the `tpu` extra; hours.
 
-    python scripts/pods.py [--only 8B] [--hlo DIR]
+    python scripts/pods.py [--only 8B] [--keep DIR] [--hlo DIR]
 
-The floor of a workload is an even split of its weights and cache (or FLOPs) over all chips at public peak rates.
+With --keep every result is written to DIR as JSON and not computed again. A phase is one line; see `plan.show.markdown`.
+The GPU workloads need the `cuda` extra (or its compiler alone) and are left out without it.
 """
 
 import argparse
+import importlib.util
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from qwen3_jax.plan.compile import PlanError, plan
+from qwen3_jax.plan import show
+from qwen3_jax.plan.compile import plan
+from qwen3_jax.plan.result import PlanError
 
 
 @dataclass(frozen=True)
 class Workload:
     model: str
-    phase: str
+    topology: str
     batch: int
     context: int
-    topology: str
-    floor_ms: float
+    phases: tuple[str, ...]
+    mesh: str = "auto"
+
+    @property
+    def name(self) -> str:
+        steps = "+".join(self.phases)
+        return f"{self.model}_{self.topology}_{steps}_{self.batch}x{self.context}".replace(":", "-")
 
 
+DECODE, PREFILL = ("decode",), ("prefill", "first")
+CODER = "Qwen3-Coder-480B-A35B-Instruct"
 WORKLOADS = [
-    Workload("Qwen3-8B", "decode", 32, 4096, "v5e:2x2", 10.52),
-    Workload("Qwen3-8B", "decode", 32, 4096, "v6e:2x2", 5.25),
-    Workload("Qwen3-8B", "prefill", 1, 4096, "v5e:2x2", 78.5),
-    Workload("Qwen3-30B-A3B", "decode", 64, 4096, "v5e:4x4", 6.51),
-    Workload("Qwen3-30B-A3B", "decode", 64, 4096, "v6e:2x4", 6.50),
-    Workload("Qwen3-30B-A3B", "prefill", 1, 4096, "v5e:4x4", 9.19),
-    Workload("Qwen3-235B-A22B", "decode", 128, 8192, "v5p:2x2x4", 15.2),
+    # Those with a figure to reach.
+    Workload("Qwen3-8B", "v5e:2x2", 32, 4096, DECODE),
+    Workload("Qwen3-8B", "v6e:2x2", 32, 4096, DECODE),
+    Workload("Qwen3-8B", "v5e:2x2", 1, 4096, PREFILL),
+    Workload("Qwen3-30B-A3B", "v5e:4x4", 64, 4096, DECODE),
+    Workload("Qwen3-30B-A3B", "v6e:2x4", 64, 4096, DECODE),
+    Workload("Qwen3-30B-A3B", "v5e:4x4", 1, 4096, PREFILL),
+    Workload("Qwen3-235B-A22B", "v5p:2x2x4", 128, 8192, DECODE),
+    # Every size on every kind of slice that holds it.
+    Workload("Qwen3-8B", "v5p:2x2x1", 32, 4096, DECODE),
+    Workload("Qwen3-30B-A3B", "v5p:2x2x1", 64, 4096, DECODE),
+    Workload(CODER, "v5p:2x2x4", 64, 8192, DECODE),
+    Workload("Qwen3-235B-A22B", "v6e:4x4", 64, 8192, DECODE),
+    Workload("Qwen3-235B-A22B", "v5e:8x8", 64, 8192, DECODE),
+    Workload(CODER, "v6e:8x8", 64, 8192, DECODE),
+    Workload(CODER, "v5e:8x8", 64, 4096, DECODE),
+    Workload("Qwen3-8B", "H100:8", 64, 8192, DECODE),
+    Workload("Qwen3-30B-A3B", "H100:8", 64, 8192, DECODE),
+    Workload("Qwen3-235B-A22B", "H100:8", 64, 8192, DECODE),
+    Workload(CODER, "H100:8", 32, 8192, DECODE),
 ]
-PREFILL_MESHES = {"v5e:2x2": "model=4", "v5e:4x4": "expert=4,model=4"}
-"""A prefill of one row: `auto` ranks meshes by their decode step, which needs a row per split of the batch."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="workloads whose model, phase or topology contains this")
+    parser.add_argument("--only", default="", help="workloads whose name contains this, as Qwen3-8B_v5e-2x2_decode_")
+    parser.add_argument("--keep", type=Path, help="keep each result here, and do not compute those that are there")
     parser.add_argument("--hlo", type=Path, help="keep the compiled programs here as text")
     arguments = parser.parse_args()
-    console = Console()
-    print("| workload | slice | mesh | hbm / mxu / ici ms | schedule ms | floor ms | ratio | copied |")
-    print("|---|---|---|---|---|---|---|---|")
+    if arguments.keep:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
     for w in WORKLOADS:
-        if arguments.only not in f"{w.model} {w.phase} {w.topology}":
+        if arguments.only not in w.name:
             continue
-        mesh = PREFILL_MESHES[w.topology] if w.phase == "prefill" else "auto"
-        # The batch of a prefill's plan is that of the cache beside it: one row for each split of the mesh.
-        batch = 4 if w.phase == "prefill" and "expert" in mesh else w.batch
-        try:
-            found = plan(
-                w.model,
-                w.topology,
-                batch=batch,
-                context=w.context,
-                mesh=mesh,
-                phases=(w.phase,),
-                hlo_dir=arguments.hlo,
-                progress=lambda line: console.log(line),
-            )
-        except PlanError as error:
-            print(f"| {w.model} {w.phase} | {w.topology} | {error} | | | {w.floor_ms} | | |")
-            continue
-        if w.phase not in found.steps:
-            print(f"| {w.model} {w.phase} | {w.topology} | {found.error} | | | {w.floor_ms} | | |")
-            continue
-        cost = found.steps[w.phase].cost
-        pipes = " / ".join(f"{s * 1e3:.2f}" for s in (cost.hbm_s, cost.compute_s, cost.ici_s))
-        used = ",".join(f"{axis}={size}" for axis, size in found.mesh.items() if size > 1)
-        ratio = cost.schedule_s * 1e3 / w.floor_ms
-        print(
-            f"| {w.model} {w.phase}, {w.batch} × {w.context} | {w.topology} | {used} | {pipes} "
-            f"| {cost.schedule_s * 1e3:.2f} | {w.floor_ms} | {ratio:.2f} | {cost.copied_bytes / 1e9:.2f} GB |",
-            flush=True,
+        kept = arguments.keep / f"{w.name}.md" if arguments.keep else None
+        if kept is None or not kept.exists():
+            if w.topology.startswith("H100") and not importlib.util.find_spec("jax_plugins.xla_cuda12"):
+                print(f"{w.name}: left out, needs pip install 'qwen3-jax[cuda]'", file=sys.stderr)
+                continue
+            text = compiled(w, arguments.hlo, kept)
+        else:
+            text = kept.read_text()
+        head, rule, *rows = text.splitlines()
+        for line in [*([] if lines else [head, rule]), *rows]:
+            print(line, flush=True)
+            lines.append(line)
+
+
+def compiled(w: Workload, hlo: Path | None, kept: Path | None) -> str:
+    """Compile a workload and return its table; `kept` gets a copy, and JSON beside it."""
+    print(f"== {w.name}", file=sys.stderr)
+    try:
+        found = plan(
+            w.model,
+            w.topology,
+            batch=w.batch,
+            context=w.context,
+            mesh=w.mesh,
+            phases=w.phases,
+            hlo_dir=hlo,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
+    except PlanError as error:
+        return f"{show.markdown([])}\n| {w.model} | {w.topology} | | {error} | | | | | | | |"
+    text = show.markdown([found])
+    if kept is not None:
+        kept.write_text(text + "\n")
+        kept.with_suffix(".json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    return text
 
 
 if __name__ == "__main__":

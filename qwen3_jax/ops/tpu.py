@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.ops import LayerCache, Ops, moe_tpu, plain
@@ -30,6 +31,11 @@ SUBLANES = 16
 def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """Apply a linear layer; see `Ops.einsum`."""
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if spec == "BTNH,DNH->BTD":
+        # The product wants o_proj's heads outermost and fuses the move. Inside the loop of decoding the move would be
+        # taken for loop-invariant, and every layer's o_proj copied before it: tied to x it is not.
+        x, w = lax.optimization_barrier((x, w))
+        w = with_layout_constraint(w, Layout(major_to_minor=(0, 1, 2)))
     return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=out_dtype)
 
 

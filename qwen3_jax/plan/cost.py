@@ -11,7 +11,8 @@ The rules, each with a test:
     ICI        a ring per group of n chips with both directions in use (two links): all-reduce 2(n-1)/n of the array,
                all-gather, reduce-scatter (n-1)/n; all-to-all travels n/4 hops; a group of two has one link, and so
                has a permute: two permutes in opposite directions run at once. No latency.
-    control    loop bodies times their trip count; conditionals at their dearest branch.
+    control    loop bodies times their trip count, once if that is known at run time only; conditionals at their dearest
+               branch.
     Pallas     kernels cost what their CostEstimate says; one without is billed for its operands and results and
                listed in `unpriced`.
     schedule   instructions run in order. HBM, MXU and ICI are one pipe each; asynchronous copies and collectives
@@ -87,7 +88,10 @@ class Cost:
     gathered: list[Move] = field(default_factory=list)
     """Parameters or cache arrays sent whole or in part over the ICI."""
     unpriced: list[str] = field(default_factory=list)
-    """Kernels without CostEstimate and loops of unknown length: what the numbers above miss."""
+    """Kernels without CostEstimate: what the numbers above miss."""
+    billed_once: list[str] = field(default_factory=list)
+    """Loops whose length is known when they run: of decoding a round is a token; of the experts one is all that a fair
+    router needs."""
     lines: list["Line"] = field(default_factory=list)
 
     @property
@@ -470,7 +474,10 @@ class _Walker:
     # ICI
 
     def _collective(self, computation: Computation, instruction: Instruction, kind: str, starts: bool) -> _Op:
-        operands = sum(leaf.bytes for i in self._operands(computation, instruction) for leaf in leaves(i.shape))
+        given = self._operands(computation, instruction)
+        if kind == "ragged-all-to-all":  # (rows, the buffer of the result, four arrays of offsets and sizes)
+            given = given[:1]
+        operands = sum(leaf.bytes for i in given for leaf in leaves(i.shape))
         results = [leaf for leaf in leaves(instruction.shape) if leaf.elements > 1]
         if starts and kind != "all-reduce":  # (operands, results, context)
             results = results[len(instruction.operands) :]
@@ -489,7 +496,7 @@ class _Walker:
         if n == 1:
             sent = ring = 0.0
         links = 1 if n == 2 else 2
-        hbm = sum(leaf.bytes_in(HBM) for i in self._operands(computation, instruction) for leaf in leaves(i.shape))
+        hbm = sum(leaf.bytes_in(HBM) for i in given for leaf in leaves(i.shape))
         hbm += sum(leaf.bytes_in(HBM) for leaf in results)
         return _Op(
             instruction,
@@ -516,7 +523,7 @@ class _Walker:
         body = self._called(instruction, "body")
         trips = trip_count(self.module, computation, instruction)
         if trips is None:
-            self.cost.unpriced.append(f"{instruction.name}: loop of unknown length, billed once")
+            self.cost.billed_once.append(instruction.op_name or instruction.name)
             trips = 1
         inner = self._bind(body, instruction, origins)
         return _Op(instruction, loop=(self.computation(body, inner, times=times * trips), trips))
@@ -777,6 +784,6 @@ def _sum(one: Cost, other: Cost) -> Cost:
         entry = one.collectives.setdefault(kind, Collectives())
         entry.count += counted.count
         entry.bytes += counted.bytes
-    for key in ("moves", "gathered", "unpriced", "lines"):
+    for key in ("moves", "gathered", "unpriced", "billed_once", "lines"):
         getattr(one, key).extend(getattr(other, key))
     return one

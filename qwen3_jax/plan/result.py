@@ -1,0 +1,125 @@
+"""What a plan finds: memory and cost per phase on one mesh, the meshes that lost, and the JSON of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_jax.plan.chips import Chip, Topology
+from qwen3_jax.plan.cost import Cost
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made; one line with what would be possible."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per chip. `code` is the program, `temp` what a step needs beside its arguments and results."""
+
+    weights: int
+    cache: int
+    temp: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.temp + self.code
+
+
+@dataclass(frozen=True)
+class Step:
+    """One phase, compiled: tokens per execution over all chips, its memory and its cost per chip."""
+
+    tokens: int
+    memory: Memory
+    cost: Cost
+    aliased_bytes: int
+    compile_s: float
+    floor_s: float = 0.0
+    """See `meshes.floor_s`."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A mesh that was not chosen, and why."""
+
+    mesh: dict[str, int]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found for one mesh."""
+
+    model: str
+    topology: Topology
+    mesh: dict[str, int]
+    batch: int
+    context: int
+    dtype: str
+    steps: dict[str, Step]
+    refused: list[Refused] = field(default_factory=list)
+    error: str | None = None
+    """The compiler's message if the program does not fit or does not compile."""
+
+    @property
+    def chip(self) -> Chip:
+        return self.topology.chip
+
+    @property
+    def memory(self) -> Memory | None:
+        """The phase that needs most; the cache is that of the whole batch in every phase."""
+        return max((s.memory for s in self.steps.values()), key=lambda m: m.total, default=None)
+
+    @property
+    def fits(self) -> bool:
+        return self.error is None and self.memory is not None and self.memory.total <= self.chip.hbm_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stable form: bytes, seconds, per chip and per step."""
+        memory = self.memory
+        return {
+            "model": self.model,
+            "topology": str(self.topology),
+            "mesh": self.mesh,
+            "chips": self.topology.devices,
+            "batch": self.batch,
+            "context": self.context,
+            "dtype": self.dtype,
+            "fits": self.fits,
+            "error": self.error,
+            "hbm_bytes_per_chip": None
+            if memory is None
+            else {name: getattr(memory, name) for name in ("weights", "cache", "temp", "code", "total")},
+            "hbm_limit_bytes": int(self.chip.hbm_bytes),
+            "step": {phase: self._step_json(step) for phase, step in self.steps.items()},
+            "compile_s": round(sum(step.compile_s for step in self.steps.values()), 1),
+            "refused": [{"mesh": r.mesh, "reason": r.reason} for r in self.refused],
+        }
+
+    def _step_json(self, step: Step) -> dict[str, Any]:
+        cost = step.cost
+        return {
+            "flops": cost.flops,
+            "hbm_bytes": cost.hbm_bytes,
+            "ici_bytes": cost.ici_bytes,
+            "collectives": {k: {"count": c.count, "bytes": c.bytes} for k, c in sorted(cost.collectives.items())},
+            "roofline_s": {"compute": cost.compute_s, "hbm": cost.hbm_s, "ici": cost.ici_s},
+            "schedule_s": cost.schedule_s,
+            "floor_s": step.floor_s,
+            "bound": cost.bound,
+            "copied_bytes": cost.copied_bytes,
+            "aliased_bytes": step.aliased_bytes,
+            "tokens": step.tokens,
+            "tokens_per_s_per_chip": step.tokens / cost.schedule_s / self.topology.devices,
+            "unpriced": cost.unpriced,
+            "billed_once": cost.billed_once,
+        }
+
+
+def mesh_name(sizes: dict[str, int]) -> str:
+    """Name a mesh by its axes that are longer than one: "expert=4,model=4"."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+
+
+def gb(amount: float) -> str:
+    return f"{amount / 1e9:.2f} GB"
