@@ -1,5 +1,6 @@
 """The subcommand `batch`: a file of requests to a file of answers. See `cli` for the rest."""
 
+import asyncio
 import dataclasses
 import sys
 import time
@@ -78,7 +79,7 @@ class Batch:
 
     def run(self) -> int:
         try:
-            from qwen3_jax.server.batch import Index, Results
+            from qwen3_jax.server.batch import Index, Results, missing, run
             from qwen3_jax.server.options import ServerOptions
         except ImportError as error:
             raise BatchUsageError(f"{error.name} is missing: pip install 'qwen3-jax[serve]'") from None
@@ -93,42 +94,44 @@ class Batch:
         index = Index(self.requests, options)
         results = Results(self.answers)
         try:
-            tally = self._answer(index, results, options, engine_options)
+            with Show() as show:
+                if missing(index, results)[1]:
+                    tally = self._answer(index, results, options, engine_options, show)
+                else:
+                    tally = asyncio.run(run(None, index, results, together=1, progress=show.tally))
         finally:
             results.close()
         return 1 if tally.failed else 0
 
-    def _answer(self, index: "Index", results: "Results", options: Any, engine_options: EngineOptions) -> "Tally":
-        import asyncio
-
+    def _answer(
+        self, index: "Index", results: "Results", options: Any, engine_options: EngineOptions, show: "Show"
+    ) -> "Tally":
         from qwen3_jax.engine.engine import Engine
         from qwen3_jax.loaded import load_model
-        from qwen3_jax.server import batch
         from qwen3_jax.server.app import create_app
+        from qwen3_jax.server.batch import run
 
         model = load_model(
             self.model or Path(__file__).parent / "demo",
             dtype=self.dtype,
             mesh=self.mesh,
             cache=self.compile_cache,
-            progress=True,
         )
         engine = Engine(model, engine_options)
-        with Show() as show:
-            engine.start(show.note)
-            try:
-                return asyncio.run(
-                    batch.run(
-                        create_app(engine, options),
-                        index,
-                        results,
-                        together=2 * self.rows,
-                        failure=lambda: engine.failure,
-                        progress=show.tally,
-                    )
+        engine.start(show.note)
+        try:
+            return asyncio.run(
+                run(
+                    create_app(engine, options),
+                    index,
+                    results,
+                    together=2 * self.rows,
+                    failure=lambda: engine.failure,
+                    progress=show.tally,
                 )
-            finally:
-                engine.stop()
+            )
+        finally:
+            engine.stop()
 
 
 class Show:

@@ -193,8 +193,23 @@ class Results:
         self._file.close()
 
 
+def missing(index: Index, results: Results) -> tuple[list[dict[str, Any]], list[Item]]:
+    """Return what has no answer yet: answers to lines that are no requests, and requests.
+
+    Raises:
+        BatchError: the answers are of other requests.
+    """
+    if strangers := results.done - {item.custom_id for item in index.items}:
+        raise BatchError(
+            f"{results.path} answers {clip(repr(min(strangers)), 80)}, which {index.path} does not ask: "
+            "name another file for the answers"
+        )
+    faults = [fault for fault in index.faults if fault["error"]["line"] not in results.lines]
+    return faults, [item for item in index.items if item.custom_id not in results.done]
+
+
 async def run(
-    app: ASGIApp,
+    app: ASGIApp | None,
     index: Index,
     results: Results,
     *,
@@ -205,7 +220,7 @@ async def run(
     """Answer every request of a file that has no answer yet.
 
     Args:
-        app: of `app.create_app`.
+        app: of `app.create_app`; None will do if no request is `missing`.
         together: requests at once.
         failure: returns why the engine cannot go on, if it cannot.
         progress: is called with the tally as it changes.
@@ -214,13 +229,7 @@ async def run(
         BatchError: the answers are of other requests, the requests changed, or the engine failed. Answers that came
             before are kept; the next run goes on from there.
     """
-    if strangers := results.done - {item.custom_id for item in index.items}:
-        raise BatchError(
-            f"{results.path} answers {clip(repr(min(strangers)), 80)}, which {index.path} does not ask: "
-            "name another file for the answers"
-        )
-    faults = [fault for fault in index.faults if fault["error"]["line"] not in results.lines]
-    todo = [item for item in index.items if item.custom_id not in results.done]
+    faults, todo = missing(index, results)
     total = len(index.items) + len(index.faults)
     earlier = total - len(faults) - len(todo)
     tally = Tally(total, earlier, earlier, results.failed)
@@ -233,6 +242,7 @@ async def run(
 
     async def work(file: IO[bytes]) -> None:
         nonlocal working
+        assert app is not None
         for item in waiting:
             request = index.read(file, item)
             working += 1
