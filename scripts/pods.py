@@ -2,7 +2,7 @@
 
     python scripts/pods.py [--only 8B] [--keep DIR] [--hlo DIR]
 
-With --keep every result is written to DIR as JSON and not computed again. A phase is one line; see `plan.show.markdown`.
+With --keep every result is written to DIR, and not computed again. A phase is one line, see `plan.show.markdown`.
 The GPU workloads need the `cuda` extra (or its compiler alone) and are left out without it.
 """
 
