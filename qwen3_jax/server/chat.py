@@ -64,7 +64,7 @@ async def prepare(state: Serving, body: ChatBody) -> Prepared:
     model = state.check_model(body.model)
     calling = tools.Calling.of(body)
     form = structure.wanted(body)
-    if form is not None and calling.forced is not None:
+    if form is not None and calling.must:
         raise refuse(form.field, f"{form.field} and this tool_choice both say what the answer is: give one of them")
     if body.skip_special_tokens is False:
         raise refuse("skip_special_tokens", "skip_special_tokens must be true here: use /v1/completions")
@@ -85,7 +85,7 @@ async def prepare(state: Serving, body: ChatBody) -> Prepared:
     id = shapes.new_id("chatcmpl", body.request_id)
     asks = asking.choices(
         state, body, ids, params, id=id, name="the conversation", prompt_logprobs=body.prompt_logprobs,
-        grammar=await state.grammar(calling.forced or form),
+        grammar=await state.grammar(form or calling.form),
     )  # fmt: skip
     texts = shapes.TokenTexts(state.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     own_stops = frozenset(state.model.tokenizer.stop_ids) - set(body.stop_token_ids or ())

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from qwen3_jax.engine.updates import EngineError, EngineStopped, Overloaded, TooLarge
+from qwen3_jax.engine.updates import EngineStopped, Overloaded
 
 MAX_ENTRIES = 10  # of a list of errors
 MAX_VALUE = 200  # characters per entry
@@ -30,7 +30,7 @@ TYPES = {
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
-STATUS: dict[type[Exception], int] = {TooLarge: 400, Overloaded: 503, EngineStopped: 503, EngineError: 503}
+STATUS: dict[type[Exception], int] = {Overloaded: 503, EngineStopped: 503}  # of the engine's; the others are 400
 
 
 class ApiError(ValueError):

@@ -152,7 +152,7 @@ class Tool(Body):
 
 
 class Function(Body):
-    name: str = Field(pattern=r"^[A-Za-z0-9_.:/-]{1,64}$")
+    name: str  # its form is checked by text.tools, with the rest of the tool
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -184,14 +184,7 @@ class Conversation(Body):
         switch = (self.chat_template_kwargs or {}).get("enable_thinking")
         if switch is not None and not isinstance(switch, bool):
             raise ValueError("chat_template_kwargs.enable_thinking must be true or false")
-        names = [tool.function.name for tool in self.tools or ()]
-        if len(set(names)) < len(names):
-            raise ValueError("tools has two functions of one name")
         return self
-
-    def tool_dicts(self) -> list[dict[str, Any]] | None:
-        """Return the tools as the template prints them."""
-        return None if self.tools is None else [t.model_dump(exclude_none=True) for t in self.tools]
 
 
 class ChatBody(Generating, Conversation):

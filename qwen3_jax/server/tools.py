@@ -27,7 +27,7 @@ class Calls:
     """An answer that may call tools."""
 
     def __init__(self, calling: "Calling"):
-        self._stream = hermes.ToolStream(names=calling.names, eager=calling.forced is not None)
+        self._stream = hermes.ToolStream(names=calling.names, eager=calling.must)
         self._most = None if calling.parallel else 1
         self.called = False
 
@@ -66,32 +66,34 @@ class Calling:
     Attributes:
         names: of the functions that may be called; () for none.
         parallel: more than one at once.
-        forced: the form of an answer that must call.
+        must: the answer is a call and nothing else.
+        form: what makes the answer, or the calls in it, follow the tools' schemas.
     """
 
     names: tuple[str, ...] = ()
     parallel: bool = True
-    forced: Wanted | None = None
+    must: bool = False
+    form: Wanted | None = None
 
     @classmethod
     def of(cls, body: ChatBody) -> "Calling":
         """Read the fields about tools.
 
         Raises:
-            ToolError: tools that cannot be forced.
+            ToolError: tools that cannot be called.
         """
-        if not body.tools or body.tool_choice == "none":
+        if not body.tools:
             return cls()
         names = tuple(tool.function.name for tool in body.tools)
-        parallel = body.parallel_tool_calls is not False
-        if body.tool_choice in (None, "auto"):
-            return cls(names, parallel)
-        choice = body.tool_choice
+        choice: Any = body.tool_choice or "auto"
         if isinstance(choice, NamedTool):
             names, choice = (choice.function.name,), choice.model_dump()
+        parallel = body.parallel_tool_calls is not False
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        form = hermes.constraint(tools, choice, parallel=parallel)
-        return cls(names, parallel, form and Wanted("tools", form.kind, form.value))
+        form = hermes.tools_constraint(tools, choice, parallel=parallel)
+        if choice == "none":
+            return cls()
+        return cls(names, parallel, choice != "auto", form and Wanted("tools", form.kind, form.value))
 
     def parser(self) -> Content | Calls:
         """Return what reads one answer: feed text, get deltas."""
