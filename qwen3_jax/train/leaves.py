@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+KEYS = ("threefry2x32", "rbg", "unsafe_rbg")  # jax's PRNGs
+
 
 def flat(tree: Any) -> dict[str, Any]:
     """Return the leaves by dotted path."""
@@ -31,6 +33,7 @@ def stored(leaf: Any) -> Any:
 
 
 def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return shape, dtype and sharding in which `stored` is to be read."""
     sharding = getattr(leaf, "sharding", None)
     if not hasattr(leaf, "dtype"):
         leaf = np.asarray(leaf)
@@ -41,6 +44,7 @@ def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def described(leaf: Any) -> list:
+    """Return a leaf's dtype and shape as JSON."""
     leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return [str(leaf.dtype), list(leaf.shape)]
 
@@ -52,7 +56,10 @@ def as_asked(value: Any, wanted: Any) -> Any:
     if isinstance(wanted, np.ndarray | np.generic):
         return np.asarray(value)
     if _is_key(wanted):
-        key = jax.random.wrap_key_data(jnp.array(value), impl=jax.random.key_impl(wanted))
+        [impl] = [
+            name for name in KEYS if jax.eval_shape(lambda n=name: jax.random.key(0, impl=n)).dtype == wanted.dtype
+        ]
+        key = jax.random.wrap_key_data(jnp.array(value), impl=impl)
         return key if getattr(wanted, "sharding", None) is None else jax.device_put(key, wanted.sharding)
     return value if isinstance(value, jax.Array) else jnp.array(value)  # a copy: the host's memory is not ours to give
 

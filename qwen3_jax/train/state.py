@@ -64,7 +64,7 @@ class Checkpoints:
         self._pending = False  # a save whose outcome has not been counted
         self._commit: threading.Thread | None = None
         self._failure: str | None = None  # of that save, on this process
-        self._problem: str | None = None  # of the save that was counted last, on any process
+        self._problem: str | None = None  # of the save that was counted last, on any process, until it is told
         self._verified: set[int] = set()
         self._lock: Any = None
         self._checkpointer: Any = None
@@ -112,7 +112,8 @@ class Checkpoints:
         self.claim()
         self._join()
         if self._failures_in_a_row >= self.max_failures:
-            raise StateError(f"{self._failures_in_a_row} saves in a row failed, the last: {self._problem}")
+            problem, self._problem = self._problem, None
+            raise StateError(f"{self._failures_in_a_row} saves in a row failed, the last: {problem}")
         if step in self._verified and (self.folder / _name(step)).is_dir():
             return
         flat = leaves.flat(tree)
@@ -180,11 +181,12 @@ class Checkpoints:
         """Wait until the last save is committed.
 
         Raises:
-            StateError: it failed.
+            StateError: it failed; said once.
         """
         self._join()
-        if self._problem is not None:
-            raise StateError(self._problem)
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise StateError(problem)
 
     def close(self) -> None:
         """Wait for the last save and give the folder free. Raises StateError if that save failed."""
@@ -201,8 +203,12 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except StateError:
+            if kind is None:
+                raise  # else it is logged, and what ended the run matters more
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
