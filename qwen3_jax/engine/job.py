@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -23,16 +23,16 @@ class Matcher(Protocol):
     """A grammar at one point of a text."""
 
     @property
-    def finished(self) -> bool:
-        """Whether nothing may follow."""
+    def error(self) -> str | None:
+        """Why the text cannot go on; `mask` then allows only ids that end it."""
         ...
 
     def mask(self, out: np.ndarray) -> None:
         """Set the bits of the ids that may follow, in uint32 [ceil(V/32)]."""
         ...
 
-    def accept(self, token: int) -> None:
-        """Go on by one token."""
+    def accept(self, token: int) -> bool:
+        """Go on by one token; says whether it was allowed."""
         ...
 
 
@@ -176,8 +176,12 @@ class Job:
         self.over = self.reply.completion is not None
         if not (fresh or self.over):
             return None, fresh
-        stats = self._stats(now) if self.over else None
-        return Update(joined, tuple(fresh), tuple(logprobs), prompt, self.reply.completion, stats), fresh
+        completion, error, stats = self.reply.completion, None, None
+        if completion is not None:
+            stats = self._stats(now)
+            error = None if self.matcher is None else self.matcher.error
+            completion = completion if error is None else replace(completion, finish_reason="error")
+        return Update(joined, tuple(fresh), tuple(logprobs), prompt, completion, stats, error), fresh
 
     def give_up(self, reason: Literal["abort", "error"], now: float) -> Update:
         """End from outside; returns the last update."""
