@@ -259,6 +259,14 @@ def test_a_group_of_two_has_one_link(size, links_s):
     assert walk(program(body, others=ADD), UNIT).ici_s == 100 * links_s
 
 
+def test_gpus_send_through_a_switch():
+    body = """\
+  %p = f32[25]{0} parameter(0)
+  ROOT %r = f32[25]{0} all-to-all(%p), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}"""
+    found = walk(program(body), dataclasses.replace(UNIT, kind="gpu", links=18), partitions=8)
+    assert found.ici_s == pytest.approx(100 * 7 / 8 / (18 * UNIT.link_bytes_s))
+
+
 def test_a_ragged_exchange_sends_its_rows_only():
     body = """\
   %p = f32[25]{0:S(1)} parameter(0)

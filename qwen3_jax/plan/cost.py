@@ -10,7 +10,8 @@ The rules, each with a test:
                Elementwise work is free.
     ICI        a ring per group of n chips with both directions in use (two links): all-reduce 2(n-1)/n of the array,
                all-gather, reduce-scatter (n-1)/n; all-to-all travels n/4 hops; a group of two has one link, and so
-               has a permute: two permutes in opposite directions run at once. No latency.
+               has a permute: two permutes in opposite directions run at once. GPUs send the same bytes through a
+               switch, over all their links. No latency.
     control    loop bodies times their trip count, once if that is known at run time only; conditionals at their dearest
                branch.
     Pallas     kernels cost what their CostEstimate says; one without is billed for its operands and results and
@@ -496,6 +497,8 @@ class _Walker:
         if n == 1:
             sent = ring = 0.0
         links = 1 if n == 2 else 2
+        if self.chip.kind == "gpu":  # through a switch, over all links at once
+            ring, links = sent, self.chip.links
         hbm = sum(leaf.bytes_in(HBM) for i in given for leaf in leaves(i.shape))
         hbm += sum(leaf.bytes_in(HBM) for leaf in results)
         return _Op(
