@@ -1,8 +1,8 @@
 """What a run minimises, by name: a function of parameters and micro-batch to a loss and sums to report.
 
-An `Objective` sees the whole step once (`prepare`, without gradient), then every micro-batch (`__call__`), and turns the
-summed reports into means (`finish`). Because `prepare` knows the step's total weight, the losses of its micro-batches
-simply add up, and so do their gradients: accumulation changes memory, never the result.
+An `Objective` sees the whole step once (`prepare`, without gradient), then every micro-batch (`__call__`), and turns
+the summed reports into means (`finish`). Because `prepare` knows the step's total weight, the losses of its
+micro-batches simply add up, and so do their gradients: accumulation changes memory, never the result.
 
     pretrain, sft    next-token cross-entropy with the weights of the data, plus the routers' losses
 
@@ -19,7 +19,7 @@ from jax import lax
 
 from qwen3_jax.model import Params
 from qwen3_jax.train import losses
-from qwen3_jax.train.stacked import Network, Routing
+from qwen3_jax.train.stacked import Network
 
 Arrays = Mapping[str, jax.Array]
 BALANCES = ("global", "micro")

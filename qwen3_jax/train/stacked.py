@@ -135,10 +135,9 @@ class Network:
                 layer = nnx.merge(graphdef, self.resolve(weights))
                 taps = Taps("layer.mlp.router_logits", "layer.mlp.router_experts")
                 x, _ = layer(x, cos, sin, positions, segment_ids, None, False, taps, "layer")
-                routing = None
-                if taps.values:
-                    routing = self._routing(*(taps.values[name] for name in taps.patterns), real)
-                return x, routing
+                if not taps.values:
+                    return x, None
+                return x, routing(*(taps.values[name] for name in taps.patterns), real, self.groups)
 
             if self.remat != "none":
                 body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)
@@ -152,22 +151,30 @@ class Network:
         outer = self.resolve({name: leaf for name, leaf in params.items() if name != "layers"})
         return outer["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]
 
-    def _routing(self, logits: jax.Array, experts: jax.Array, real: jax.Array) -> Routing:
-        """Sum one layer's router values over the tokens of each group of rows."""
-        B, T, E = logits.shape
-        by_group = (self.groups, B // self.groups * T)
-        real = real.reshape(by_group)
-        largest = jax.nn.logsumexp(logits, axis=-1)
-        p = jnp.exp(logits - largest[..., None])
-        chosen = jnp.sum(jax.nn.one_hot(experts, E, dtype=jnp.float32), axis=2)
-        entropy = lax.stop_gradient(largest - jnp.sum(p * logits, axis=-1))
-        return Routing(
-            lax.stop_gradient(jnp.einsum("gt,gtE->gE", real, chosen.reshape(*by_group, E))),
-            jnp.einsum("gt,gtE->gE", real, p.reshape(*by_group, E)),
-            jnp.sum(jnp.square(largest).reshape(by_group) * real),
-            jnp.sum(entropy.reshape(by_group) * real),
-            jnp.sum(real, axis=1),
-        )
+
+def routing(logits: jax.Array, experts: jax.Array, real: jax.Array, groups: int) -> Routing:
+    """Sum one layer's router values over the tokens of each group of rows; the fields are without M.
+
+    Args:
+        logits: [B, T, E] float32.
+        experts: [B, T, C] int32, the chosen ones.
+        real: [B, T] float32, 0 for padding.
+        groups: must divide B.
+    """
+    B, T, E = logits.shape
+    by_group = (groups, B // groups * T)
+    real = real.reshape(by_group)
+    largest = jax.nn.logsumexp(logits, axis=-1)
+    p = jnp.exp(logits - largest[..., None])
+    chosen = jnp.sum(jax.nn.one_hot(experts, E, dtype=jnp.float32), axis=2)
+    entropy = lax.stop_gradient(largest - jnp.sum(p * logits, axis=-1))
+    return Routing(
+        lax.stop_gradient(jnp.einsum("gt,gtE->gE", real, chosen.reshape(*by_group, E))),
+        jnp.einsum("gt,gtE->gE", real, p.reshape(*by_group, E)),
+        jnp.sum(jnp.square(largest).reshape(by_group) * real),
+        jnp.sum(entropy.reshape(by_group) * real),
+        jnp.sum(real, axis=1),
+    )
 
 
 def runs(config: Qwen3Config) -> dict[int, int]:

@@ -1,10 +1,10 @@
 """One training step as a pure function: (state, frozen, batch) → (state, metrics), jitted with the state donated.
 
 The state is one tree: params, opt, step (updates applied), rng, and with spike_sigma recent, the losses of the last
-accepted steps. `frozen` is a tree that the objective reads and nothing changes: the base weights under adapters, or nothing. A batch
-holds micro-batches: every array is [A, B, T]; they are scanned and their gradients summed. A step whose loss or
-gradient is not finite, or whose loss is a spike, is refused inside the program: the state comes back bit for bit as it
-was, and metrics["refused"] says why.
+accepted steps. `frozen` is a tree that the objective reads and nothing changes: the base weights under adapters, or
+nothing. A batch holds micro-batches: every array is [A, B, T]; they are scanned and their gradients summed. A step
+whose loss or gradient is not finite, or whose loss is a spike, is refused inside the program: the state comes back bit
+for bit as it was, and metrics["refused"] says why.
 """
 
 from collections.abc import Callable, Mapping
