@@ -99,7 +99,7 @@ class Serving:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._compilers, compile)
         except ConstraintError as error:
-            raise refuse(wanted.field, str(error)) from None
+            raise refuse(wanted.field, f"{wanted.field}: {error}") from None
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse token ids that the model does not have."""

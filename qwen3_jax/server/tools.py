@@ -4,6 +4,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3_jax.server.errors import refuse
 from qwen3_jax.server.schema import ChatBody, NamedTool
 from qwen3_jax.server.structure import Wanted
 from qwen3_jax.text import tools as hermes
@@ -80,7 +81,7 @@ class Calling:
         """Read the fields about tools.
 
         Raises:
-            ToolError: tools that cannot be called.
+            ApiError: tools that cannot be called.
         """
         if not body.tools:
             return cls()
@@ -90,7 +91,10 @@ class Calling:
             names, choice = (choice.function.name,), choice.model_dump()
         parallel = body.parallel_tool_calls is not False
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        form = hermes.tools_constraint(tools, choice, parallel=parallel)
+        try:
+            form = hermes.tools_constraint(tools, choice, parallel=parallel)
+        except hermes.ToolError as error:
+            raise refuse("tools", str(error)) from None
         if choice == "none":
             return cls()
         return cls(names, parallel, choice != "auto", form and Wanted("tools", form.kind, form.value))
