@@ -1,10 +1,23 @@
-"""What libtpu on this host compiles today: the calibration programs, and small plans end to end. No TPU is needed."""
+"""What libtpu on this host compiles today: the calibration programs, and the steps of serving on real slices.
 
+No TPU is needed. Models have their real widths and two layers, so that the whole file takes a few minutes; the figures
+at full depth are those of scripts/pods.py.
+"""
+
+import dataclasses
 import importlib.util
+import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 
-from qwen3_jax.plan import chips, compile, cost, hlo
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.ops import for_platform
+from qwen3_jax.plan import chips, compile, cost, hlo, programs, result
+from qwen3_jax.sampling_params import SamplingParams
+from qwen3_jax.sharding import make_mesh, parse_mesh
 from tests.tpu_programs import CASES, compile_case
 
 pytestmark = [
@@ -13,6 +26,7 @@ pytestmark = [
         importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'qwen3-jax[tpu]'"
     ),
 ]
+LAYERS = 2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -28,17 +42,104 @@ def test_the_compiler_at_hand_costs_what_a_hand_counts(name):
         assert memory.alias_size_in_bytes == 512 << 20
 
 
-@pytest.mark.parametrize(("model", "mesh"), [("Qwen3-0.6B", "model=4"), ("Qwen3-4B", "auto")])
-def test_a_decode_step_copies_nothing_and_updates_its_cache_in_place(model, mesh):
-    plan = compile.plan(model, "v5e:2x2", batch=8, context=1024, mesh=mesh, phases=("decode",), compile_best=1)
-    assert plan.error is None
-    step = plan.steps["decode"]
+def shallow(name: str) -> Qwen3Config:
+    return dataclasses.replace(Qwen3Config.from_name(name), num_hidden_layers=LAYERS)
+
+
+def compiled(folder: Path, name: str, slice_name: str, mesh: str, phase: str, batch: int) -> tuple[result.Step, str]:
+    config = shallow(name)
+    sizes, found, text = parse_mesh(mesh), chips.topology(slice_name), folder / "program.hlo"
+    step = compile.compile_step(config, found, sizes, phase, batch=batch, context=4096, dtype="bfloat16", hlo_file=text)
+    return step, text.read_text()
+
+
+def arrays_gathered(step: result.Step) -> float:
+    """The mean bytes that a chip sends in an all-gather."""
+    found = step.cost.collectives.get("all-gather")
+    return found.bytes / found.count if found else 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "slice_name", "mesh", "batch"),
+    [
+        ("Qwen3-8B", "v5e:2x2", "model=4", 32),
+        ("Qwen3-30B-A3B", "v6e:2x4", "expert=2,model=4", 64),
+        ("Qwen3-235B-A22B", "v5p:2x2x4", "expert=2,model=8", 64),  # twice as many devices on `model` as kv heads
+    ],
+)
+def test_decode_moves_what_it_must_and_nothing_else(name, slice_name, mesh, batch, tmp_path):
+    step, text = compiled(tmp_path, name, slice_name, mesh, "decode", batch)
+    config, devices = shallow(name), chips.topology(slice_name).devices
+    assert step.cost.copied_bytes == 0
+    assert not step.cost.gathered  # no weight and no cache goes over the links
+    assert not step.cost.unpriced
+    # The cache is donated, updated in place, and split over every chip.
+    sizes = parse_mesh(mesh)
+    copies = max(1, sizes["model"] // config.num_key_value_heads)
+    assert step.memory.cache == batch * 4096 * config.kv_bytes_per_token(2) * copies // devices
+    assert step.aliased_bytes >= step.memory.cache
+    # Weights (but for the embedding's rows) and cache are read once; all else is small.
+    embedding = 2 * config.vocab_size * config.hidden_size // (sizes["expert"] * sizes["model"])
+    must = step.memory.weights - embedding + step.memory.cache
+    assert step.cost.hbm_bytes == pytest.approx(must, rel=0.05)
+    # Logits stay where the vocabulary is: only candidates are collected.
+    assert arrays_gathered(step) < batch * config.vocab_size * 4 / 16
+    if config.num_experts:  # whole experts: their width is not cut
+        local = config.num_experts // (sizes["expert"] * sizes["model"])
+        assert f"bf16[{local},{config.moe_intermediate_size},{config.hidden_size}]" in entry(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "slice_name", "mesh"),
+    [("Qwen3-8B", "v5e:2x2", "model=4"), ("Qwen3-30B-A3B", "v5e:4x4", "expert=4,model=4")],
+)
+def test_a_prefill_of_one_prompt_uses_all_chips_and_no_head(name, slice_name, mesh, tmp_path):
+    step, _ = compiled(tmp_path, name, slice_name, mesh, "prefill", 1)
+    config, devices = shallow(name), chips.topology(slice_name).devices
     assert step.cost.copied_bytes == 0
     assert not step.cost.gathered
-    assert step.aliased_bytes == step.memory.cache
     assert not step.cost.unpriced
-    # Weights (but for the embedding's rows) and cache are read once; all else is small.
-    assert step.cost.hbm_bytes == pytest.approx(step.memory.weights + step.memory.cache, rel=0.08)
+    # The head on 4096 positions alone would be 2 · V · D · 4096 / devices FLOPs, a layer or more.
+    layers = 4096 * (config.flops_per_token(4096) - 2 * config.vocab_size * config.hidden_size) / devices
+    assert step.cost.flops < 1.35 * layers
+
+
+def entry(text: str) -> str:
+    """Return the header, which holds the layouts of the program's arguments."""
+    return text[: text.index("\n")]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=1.0, logprobs=5),
+    ],
+    ids=["greedy", "whole vocabulary, penalties, logprobs"],
+)
+def test_sampling_does_not_collect_logits(sampling):
+    config, found = shallow("Qwen3-8B"), chips.topology("v5e:2x2")
+    mesh = make_mesh(model=4, devices=compile.devices_of(found))
+    ops = for_platform("tpu")
+    (lowered,) = programs.programs(
+        config, mesh, ops=ops, dtype="bfloat16", batch=1, context=64, phases=("first",), sampling=sampling
+    ).values()
+    text = lowered.compile().as_text()
+    assert text is not None
+    for shape in re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-gather-start|all-to-all)\(", text):
+        assert math.prod(int(n) for n in shape.split(",")) < config.vocab_size // 4, shape
+
+
+def test_auto_compiles_few_layers_to_choose_and_says_why_the_others_lose(tmp_path):
+    data = Qwen3Config.from_name("Qwen3-0.6B").to_dict() | {"num_hidden_layers": 6, "max_window_layers": 6}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    lines: list[str] = []
+    plan = compile.plan(str(tmp_path), "v5e:2x2", batch=8, context=1024, phases=("decode",), progress=lines.append)
+    assert plan.error is None
+    assert plan.fits
+    assert len(plan.refused) == 2  # data=4, data=2 × model=2, model=4: one is chosen
+    assert all("ms" in r.reason or "µs" in r.reason for r in plan.refused)
+    assert "6 layers" in lines[-1]
 
 
 def test_a_program_that_does_not_fit_is_a_plan_that_says_so():

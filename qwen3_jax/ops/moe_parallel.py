@@ -69,7 +69,7 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
     A group is the devices along the shared axes.
       - A group of one, or one that holds at most 128 rows together (decoding): "replicated". Everything is in reach or
         small, and a single reduction costs one latency.
-      - Otherwise what keeps the links busy for the shorter time, by `_transfers`: "gather" or "all_to_all", the latter
+      - Otherwise what keeps the links busy for the shorter time, by `transfers`: "gather" or "all_to_all", the latter
         on GPU as "ragged_all_to_all".
 
     Args:
@@ -81,7 +81,7 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
     group = place.ways(place.shared)
     if group == 1 or group * rows <= FEW_ROWS:
         return "replicated"
-    if _transfers(place, exchange_axes(place, choices, platform), choices, platform) >= group - 1:
+    if transfers(place, choices, platform) >= group - 1:
         return "gather"
     return "ragged_all_to_all" if platform in ("gpu", "cuda") else "all_to_all"
 
@@ -91,6 +91,14 @@ def exchange_axes(place: Island, choices: int, platform: str) -> tuple[str, ...]
     axes = [axis for axis in place.shared if place.ways((axis,)) > 1]
     sets = [over for n in range(len(axes), 0, -1) for over in itertools.combinations(axes, n)]
     return min(sets, key=lambda over: _transfers(place, over, choices, platform), default=place.shared)
+
+
+def transfers(place: Island, choices: int, platform: str) -> float:
+    """Return what the cheapest exchange of rows costs in one direction, in rows sent over a link per row of a device.
+
+    Collecting all rows of the shared axes instead costs their number of devices minus one.
+    """
+    return _transfers(place, exchange_axes(place, choices, platform), choices, platform)
 
 
 def _transfers(place: Island, over: tuple[str, ...], choices: int, platform: str) -> float:

@@ -41,8 +41,8 @@ ENVIRONMENT = {
 DTYPES = ("bfloat16", "float32")
 SHALLOW = 4
 """Layers of the programs that decide between meshes: a full one takes minutes."""
-CLOSE = 1.3
-"""A mesh whose estimate is this many times the best's is not compiled: arithmetic is not that wrong."""
+CLOSE = 1.1
+"""A mesh whose estimate is more than this many times the best's is not compiled: arithmetic is not that wrong."""
 
 
 def config_of(model: str) -> tuple[str, Qwen3Config]:
@@ -147,7 +147,7 @@ def plan(
     dtype: str = "bfloat16",
     phases: Sequence[str] = tuple(PHASES),
     hlo_dir: Path | None = None,
-    compile_best: int = 2,
+    compile_best: int = 3,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Compile a model's steps for a slice and say what they need.
@@ -202,7 +202,8 @@ def plan(
 
     ranked, refused = rank(config, found, phases=phases, **shape)
     if not ranked:
-        reasons = "; ".join(f"{mesh_name(r.mesh)}: {r.reason}" for r in refused[:3])
+        nearest = sorted(refused, key=lambda r: r.over_bytes)[:2]
+        reasons = "; ".join(f"{mesh_name(r.mesh)}: {r.reason}" for r in nearest)
         raise PlanError(f"no mesh of {found} holds {name} at batch {batch} and context {context}: {reasons}")
     close = [c for c in ranked[:compile_best] if c.score <= CLOSE * ranked[0].score]
     refused += [Refused(c.mesh, f"estimated {_against(c, ranked[0])}") for c in ranked[len(close) :]]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwen3_jax.config import Qwen3Config
-from qwen3_jax.ops import for_platform
+from qwen3_jax.ops import for_platform, moe_parallel
 from qwen3_jax.plan.chips import Chip, Topology
 from qwen3_jax.plan.programs import PHASES, bytes_per_device, rows_of
 from qwen3_jax.plan.result import Refused, gb
@@ -73,7 +73,7 @@ def rank(
         if weights + cache > found.chip.hbm_bytes:
             over = weights + cache - found.chip.hbm_bytes
             reason = f"weights {gb(weights)} and cache {gb(cache)} are {gb(over)} more than a chip's "
-            refused.append(Refused(mesh, reason + gb(found.chip.hbm_bytes)))
+            refused.append(Refused(mesh, reason + gb(found.chip.hbm_bytes), over))
             continue
         times = {
             phase: estimate_s(config, found.chip, mesh, phase, weights, cache, rows_of(phase, mesh, batch), context)
@@ -133,9 +133,14 @@ def estimate_s(
     around = 2 * 2 * D * local * (M - 1) / M  # a sum over `model`, or a gather and a scatter
     if phase == "decode":
         experts_sent = 2 * D * routed * ((E - 1) / E + 2 * (E * M - 1) / (E * M))
+    elif moe_layers:
+        rules = RULES[PHASES[phase].rules]
+        place = moe_parallel.island(mesh, {**rules, "length": rules["stream"]})
+        group, choices = place.ways(place.shared), config.num_experts_per_tok
+        hops = min(moe_parallel.transfers(place, choices, chip.kind), group - 1) if group > 1 else 0
+        experts_sent = 2 * 2 * D * local / M * hops
     else:
-        peers = E * M * (1 - (1 - 1 / (E * M)) ** config.num_experts_per_tok) if moe_layers else 1.0
-        experts_sent = 2 * 2 * D * local / M * max(0.0, peers - 1)
+        experts_sent = 0.0
     sent = L * around + (L - moe_layers) * around + moe_layers * experts_sent
     if phase == "prefill":
         heads = max(config.num_key_value_heads, M) / M

@@ -55,6 +55,7 @@ def programs(
     batch: int,
     context: int,
     phases: tuple[str, ...] = tuple(PHASES),
+    sampling: SamplingParams = SAMPLING,
 ) -> dict[str, jax.stages.Lowered]:
     """Lower the steps of serving.
 
@@ -66,11 +67,13 @@ def programs(
         batch: rows of a decode step. A prefill runs `prefill_rows` of them at a time.
         context: slots of the cache, and tokens per row of a prefill.
         phases: keys of `PHASES`.
+        sampling: what every row asks for.
 
     Returns:
         For each phase its lowered program. What a step consumes is donated.
     """
-    return {phase: _lower(PHASES[phase], config, mesh, ops, jnp.dtype(dtype), batch, context) for phase in phases}
+    shape = (jnp.dtype(dtype), batch, context, sampling)
+    return {phase: _lower(PHASES[phase], config, mesh, ops, *shape) for phase in phases}
 
 
 def rows_of(phase: str, sizes: dict[str, int], batch: int) -> int:
@@ -81,7 +84,14 @@ def rows_of(phase: str, sizes: dict[str, int], batch: int) -> int:
 
 
 def _lower(
-    phase: Phase, config: Qwen3Config, mesh: Mesh, ops: Ops, dtype: jnp.dtype, batch: int, context: int
+    phase: Phase,
+    config: Qwen3Config,
+    mesh: Mesh,
+    ops: Ops,
+    dtype: jnp.dtype,
+    batch: int,
+    context: int,
+    sampling: SamplingParams,
 ) -> jax.stages.Lowered:
     rules = sharding.RULES[phase.rules]
     config = placement.for_mesh(config, mesh, rules)
@@ -89,8 +99,9 @@ def _lower(
     graphdef, params = models.declare(config, dtype=dtype, ops=ops)
     steps = Steps(graphdef, config, dtype, ops, stop_text=(), think_end=-1)
     B = batch if phase.rules == "serve" else min(batch, math.prod(mesh.shape[axis] for axis in rules["batch"]))
-    sampler = Sampler.of([SAMPLING] * B, tokens=config.vocab_size)
-    rows = _rows(sampler, B, config.vocab_size)
+    sampler = Sampler.of([sampling] * B, tokens=config.vocab_size)
+    rows = _rows(sampler, [sampling] * B, config.vocab_size)
+    history = sampler.history([[]] * B, batch=B, vocab_size=config.vocab_size)
     cache = jax.eval_shape(lambda: caches.init(config, batch=B, capacity=context, dtype=dtype, ops=ops))
 
     whole = NamedSharding(mesh, PartitionSpec())  # rows and state: a few bytes that every device needs
@@ -99,16 +110,17 @@ def _lower(
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=whole)
     hidden = jax.ShapeDtypeStruct((B, config.hidden_size), dtype, sharding=whole)
     first = functools.partial(steps.first, sampler=sampler)
-    state, _ = jax.eval_shape(first, params, hidden, lengths, rows, {})
-    state, rows = (
-        jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), t) for t in (state, rows)
+    state, _ = jax.eval_shape(first, params, hidden, lengths, rows, history)
+    state, rows, history = (
+        jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), t)
+        for t in (state, rows, history)
     )
     if phase.step == "start":
         tokens = jax.ShapeDtypeStruct((B, context), jnp.int32, sharding=whole)
         function, arguments = functools.partial(steps.start, capacity=context), (params, tokens, lengths)
         results = (caches_at, whole)
     elif phase.step == "first":
-        function, arguments, results = first, (params, hidden, lengths, rows, {}), whole
+        function, arguments, results = first, (params, hidden, lengths, rows, history), whole
     else:
         halt = jax.ShapeDtypeStruct((B,), jnp.bool_, sharding=whole)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -120,9 +132,10 @@ def _lower(
         return jitted.lower(*arguments)
 
 
-def _rows(sampler: Sampler, B: int, vocab_size: int) -> dict[str, Any]:
+def _rows(sampler: Sampler, params: list[SamplingParams], vocab_size: int) -> dict[str, Any]:
     """Lay out the rows of a batch as `runner.Batch` does: shapes are all that counts."""
-    rows = sampler.rows([SAMPLING] * B, seeds=[0] * B, stop_ids=[STOP_IDS] * B, batch=B, vocab_size=vocab_size)
+    B = len(params)
+    rows = sampler.rows(params, seeds=[0] * B, stop_ids=[STOP_IDS] * B, batch=B, vocab_size=vocab_size)
     return rows | {name: np.zeros(B, np.int32) for name in ("limit", "stage", "budget")}
 
 

@@ -1,5 +1,6 @@
 """What a plan finds: memory and cost per phase on one mesh, the meshes that lost, and the JSON of it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,8 @@ class Refused:
 
     mesh: dict[str, int]
     reason: str
+    over_bytes: float = math.inf
+    """By how much it does not fit a chip, if that is the reason."""
 
 
 @dataclass(frozen=True)
