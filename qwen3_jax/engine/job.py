@@ -171,7 +171,9 @@ class Job:
             observer.inter_token(now - self.last, len(fresh))
         if fresh:
             self.last = now
-        joined = tuple((label, "".join(t for _, t in run)) for label, run in itertools.groupby(pieces, lambda p: p[0]))
+        if len(pieces) > 1:
+            runs = itertools.groupby(pieces, lambda piece: piece[0])
+            pieces = [(label, "".join(text for _, text in run)) for label, run in runs]
         prompt = self._report() if fresh else None
         self.over = self.reply.completion is not None
         if not (fresh or self.over):
@@ -181,7 +183,7 @@ class Job:
             stats = self._stats(now)
             error = None if self.matcher is None else self.matcher.error
             completion = completion if error is None else replace(completion, finish_reason="error")
-        return Update(joined, tuple(fresh), tuple(logprobs), prompt, completion, stats, error), fresh
+        return Update(tuple(pieces), tuple(fresh), tuple(logprobs), prompt, completion, stats, error), fresh
 
     def give_up(self, reason: Literal["abort", "error"], now: float) -> Update:
         """End from outside; returns the last update."""
@@ -206,9 +208,9 @@ class Job:
 
     def _advance(self, index: int, token: int) -> None:
         """Follow the thinking, and the grammar after it."""
-        before, self.stage = self.stage, stage_after(self.steps, self.request, self.stage, self.budget, index, token)
         if self.matcher is None:
             return
+        before, self.stage = self.stage, stage_after(self.steps, self.request, self.stage, self.budget, index, token)
         if self.undecided:
             self.undecided = False
             if before == 0 and self.tags is not None and token != self.tags.open_id:
@@ -246,6 +248,8 @@ class Job:
             e2e_s=now - self.submitted,
             preemptions=self.sequence.preemptions,
             limit=self.request.limit,
+            choice=self.request.choice,
+            choices=self.request.choices,
         )
 
 
