@@ -127,6 +127,7 @@ class Serve:
         from qwen3_jax.loaded import load_model
         from qwen3_jax.server import logs
         from qwen3_jax.server.app import create_app
+        from qwen3_jax.server.metrics import Metrics
         from qwen3_jax.server.run import run
 
         logging.config.dictConfig(logs.config(self.log_level))
@@ -138,10 +139,14 @@ class Serve:
             progress=True,
         )
         logs.log(logging.INFO, "loaded", model=model.name, seconds=round(model.load_s, 2))
-        engine = Engine(model, engine_options)
+        metrics = Metrics(options.names[0] if options.names else model.name)
+        engine = Engine(model, engine_options, observer=metrics)
+        metrics.watch(engine)
         engine.start(lambda line: logs.log(logging.INFO, line))
         try:
-            return run(create_app(engine, options), listener, options, tls=tls, log_level=self.log_level)
+            return run(
+                create_app(engine, options, metrics=metrics), listener, options, tls=tls, log_level=self.log_level
+            )
         finally:
             engine.stop()
 

@@ -27,6 +27,8 @@ class Request:
     limit: int  # generate at most this many tokens
     thinks: bool = False  # not yet past the end of its thinking
     thought: int = 0  # tokens of thinking that already stand in the prompt, `<think>` included
+    choice: int = 0  # which of several continuations of one prompt that were asked for together
+    choices: int = 1
 
 
 class Requests:

@@ -40,6 +40,7 @@ class RequestStats:
         e2e_s: from submit to the end.
         preemptions: how often its pages were taken and computed again.
         limit: most tokens it could have generated.
+        choice, choices: which of how many continuations of one prompt that were asked for together.
     """
 
     prompt_tokens: int
@@ -53,6 +54,8 @@ class RequestStats:
     e2e_s: float
     preemptions: int
     limit: int
+    choice: int = 0
+    choices: int = 1
 
 
 PromptLogprobs = tuple[TokenLogprob | None, ...]  # one per prompt token; the first has none

@@ -83,10 +83,10 @@ def choices(
         raise refuse("min_tokens", f"min_tokens is {first.params.min_tokens}: the context has room for {first.limit}")
     asks = []
     for i in range(n):
-        seed = secrets.randbits(63) if params.seed is None else _wrapped(params.seed + i)
+        seed = first.seed if i == 0 else secrets.randbits(63) if params.seed is None else _wrapped(params.seed + i)
         asks.append(
             Ask(
-                first if i == 0 else replace(first, seed=seed),
+                replace(first, seed=seed, choice=i, choices=n),
                 id=f"{id}-{i}",
                 priority=body.priority,
                 cache_salt=body.cache_salt or "",
