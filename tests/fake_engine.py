@@ -29,8 +29,8 @@ class Step:
     """Something that happens to a request instead of a token."""
 
     wait_s: float = 0.0
-    error: str | None = None  # the engine cannot go on with this request
-    fatal: bool = False  # nor with any other
+    error: str | None = None  # the engine cannot go on, with this request
+    fatal: bool = False  # or with any
     broken: bool = False  # logits that are not finite
 
 

@@ -265,12 +265,20 @@ class TestErrors:
         assert events[-1]["error"]["code"] == 500
 
     def test_an_engine_that_fails_under_way(self):
-        app = create_app(FakeEngine(lambda request: ["abc", Step(error="the engine has failed")]))
-        assert chat(app).error["code"] == 503
-        assert complete(app).error["code"] == 503
+        def broken():
+            return create_app(FakeEngine(lambda request: ["abc", Step(error="the engine has failed", fatal=True)]))
+
+        assert chat(broken()).error["code"] == 503
+        assert complete(broken()).error["code"] == 503
+        app = broken()
         assert chat(app, stream=True).events()[-1]["error"]["message"] == "the engine has failed"
-        body = request(app, "POST", "/v1/responses", {"input": "hi", "stream": True}).body.decode()
+        body = request(broken(), "POST", "/v1/responses", {"input": "hi", "stream": True}).body.decode()
         assert body.rstrip().splitlines()[-2] == "event: error"
+
+    def test_an_answer_that_cannot_have_its_form(self):
+        app = create_app(FakeEngine(lambda request: ["abc", Step(error="no text fits it")]))
+        assert "no text fits it" in chat(app, guided_regex="a+").error["message"]
+        assert chat(app, guided_regex="a+", stream=True).events()[-1]["error"]["code"] == 400
 
     def test_a_fault_of_ours_is_500_without_details(self, caplog):
         def script(request):

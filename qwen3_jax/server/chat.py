@@ -17,7 +17,7 @@ from qwen3_jax.server import asking, shapes, structure, tools
 from qwen3_jax.server.body import read
 from qwen3_jax.server.conversation import prompt_ids, tool_dicts
 from qwen3_jax.server.errors import refuse
-from qwen3_jax.server.generation import Ask, EventStream, Run, collect, event, failure, watched
+from qwen3_jax.server.generation import Ask, EventStream, Run, collect, event, watched
 from qwen3_jax.server.schema import ChatBody
 from qwen3_jax.server.serving import Serving, serving
 
@@ -197,8 +197,6 @@ async def _stream(run: Run, prepared: Prepared, log: dict[str, Any]) -> AsyncIte
     for i in range(len(choices)):
         yield chunk([entry(i, {"role": "assistant", "content": ""})], None, **(opening if i == 0 else {}))
     async for i, update in run:
-        if (error := failure(update)) is not None:
-            raise error
         choice = choices[i]
         deltas = choice.take(update)
         counts[i] += len(update.tokens)

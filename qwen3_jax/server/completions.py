@@ -18,7 +18,7 @@ from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.server import asking, shapes, structure
 from qwen3_jax.server.body import read
 from qwen3_jax.server.errors import refuse
-from qwen3_jax.server.generation import Ask, EventStream, Run, collect, event, failure, watched
+from qwen3_jax.server.generation import Ask, EventStream, Run, collect, event, watched
 from qwen3_jax.server.schema import CompletionBody
 from qwen3_jax.server.serving import Serving, serving
 from qwen3_jax.text.detokenize import Detokenizer, StopStrings
@@ -235,8 +235,6 @@ async def _stream(run: Run, prepared: Prepared, log: dict[str, Any]) -> AsyncIte
         for i in range(total):
             yield chunk([entry(i, "", finish_reason=reason)])
     async for i, update in run:
-        if (error := failure(update)) is not None:
-            raise error
         if late and update.prompt_logprobs is not None:
             said = prepared.tokens.completion(update.prompt_logprobs, prepared.prompts[i // n], 0)
             offsets[i] = sum(map(len, said["tokens"]))

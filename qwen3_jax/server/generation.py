@@ -39,10 +39,15 @@ class Ask:
 
 
 class Run:
-    """Requests under way; iterate for (index, update) until every one has ended."""
+    """Requests under way; iterate for (index, update) until every one has ended.
+
+    Iterating raises an ApiError when one of them fails: 503 for all, when the engine does; 500 for logits that are not
+    finite; 400 for an answer that cannot have its form.
+    """
 
     def __init__(self, engine: Any, asks: Iterable[Ask], *, register: set["Run"] | None = None):
         """Submit; if one is refused, none is left behind. Raises as `Engine.submit` does. Needs a running loop."""
+        self._engine = engine
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._register = register
@@ -79,7 +84,17 @@ class Run:
             index, update = await self._updates.get()
             if update.completion is not None or update.error is not None:
                 self.ended[index] = update
+                self._check(update)
             yield index, update
+
+    def _check(self, update: Update) -> None:
+        if update.error is not None:
+            if self._engine.failure is not None:
+                raise ApiError(503, update.error)
+            raise ApiError(400, f"the answer cannot have the form that was asked for: {update.error}")
+        if update.completion is not None and update.completion.finish_reason == "error":
+            n = len(update.completion.token_ids)
+            raise ApiError(500, f"the logits are not finite after {n} generated tokens: this request cannot go on")
 
     def cancel(self) -> None:
         """Give up what has not ended; the updates still come."""
@@ -94,16 +109,6 @@ class Run:
             self._register.discard(self)
 
 
-def failure(update: Update) -> ApiError | None:
-    """Return the error that an update ends its request with, if it does."""
-    if update.error is not None:
-        return ApiError(503, update.error)
-    if update.completion is not None and update.completion.finish_reason == "error":
-        n = len(update.completion.token_ids)
-        return ApiError(500, f"the model's logits are not finite after {n} generated tokens: this request cannot go on")
-    return None
-
-
 async def collect(run: Run) -> list[tuple[list[Update], Completion]]:
     """Wait for all requests; return the updates and the completion of each.
 
@@ -113,8 +118,6 @@ async def collect(run: Run) -> list[tuple[list[Update], Completion]]:
     updates: list[list[Update]] = [[] for _ in run.tickets]
     async for i, update in run:
         updates[i].append(update)
-        if (error := failure(update)) is not None:
-            raise error
     last = [mine[-1].completion for mine in updates]
     return [(mine, done) for mine, done in zip(updates, last, strict=True) if done is not None]
 

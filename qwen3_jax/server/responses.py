@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from qwen3_jax.server import chat, shapes
 from qwen3_jax.server.body import read
 from qwen3_jax.server.errors import ApiError, clip
-from qwen3_jax.server.generation import EventStream, Run, event, failure, watched
+from qwen3_jax.server.generation import EventStream, Run, event, watched
 from qwen3_jax.server.responses_input import as_chat
 from qwen3_jax.server.schema import ResponsesBody
 from qwen3_jax.server.serving import serving
@@ -63,8 +63,6 @@ async def _events(run: Run, output: "Output", prepared: chat.Prepared, log: dict
     yield output.event("response.created", response=output.response())
     yield output.event("response.in_progress", response=output.response())
     async for _, update in run:
-        if (error := failure(update)) is not None:
-            raise error
         logprobs = prepared.texts.chat(update.logprobs)
         for delta in choice.take(update):
             for said in output.take(delta, logprobs):
