@@ -146,7 +146,8 @@ def test_what_the_engine_tells_is_counted(metrics):
         "engine_steps_total": 2, "prompt_tokens_computed_total": 32, "generation_tokens_read_total": 3,
         "iteration_tokens_total_sum": 35, "iteration_tokens_total_count": 1, "step_host_time_seconds_count": 2,
         "step_host_time_seconds_sum": 0.003, "time_to_first_token_seconds_count": 1,
-        "time_to_first_token_seconds_sum": 0.25, "inter_token_latency_seconds_count": 8, "inter_token_latency_seconds_sum": 0.8, "num_preemptions_total": 1,
+        "time_to_first_token_seconds_sum": 0.25,
+        "inter_token_latency_seconds_count": 8, "inter_token_latency_seconds_sum": 0.8, "num_preemptions_total": 1,
         "prefix_cache_queries_total": 100, "prefix_cache_hits_total": 64, "admission_rejections_total": 1,
         "compilations_total": 1, "compilation_seconds_total": 1.5, "corrupted_requests_total": 1,
     }  # fmt: skip
