@@ -379,6 +379,16 @@ def test_choices_of_one_prompt_prefill_it_once():
     assert sum(chunks) == 33 + 3
 
 
+def test_nobody_waits_for_a_prefill_of_worse_priority():
+    engine = Engine(**PLAIN)
+    engine.add(0, prompt_of(33), 1, priority=1)
+    engine.step()
+    better, same = engine.add(1, prompt_of(33), 1, priority=0), engine.add(2, prompt_of(33), 1, priority=1)
+    assert engine.step().admitted == [better]
+    engine.finish(30)
+    assert same.cached == 32
+
+
 def test_running_rows_decode_in_every_plan_of_a_long_prefill():
     engine = Engine(**PLAIN)
     runs = engine.add(0, endless(5, 40), 40)

@@ -17,7 +17,6 @@ prefilled with its output.
 """
 
 from bisect import insort
-from collections import Counter
 from collections.abc import Collection, Mapping
 
 from qwen3_jax.engine.pages import Pages, block_digest, root_digest
@@ -78,7 +77,7 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._rows = list(range(rows - 1, -1, -1))  # free ones
         self._arrivals = 0
-        self._announced: Counter[bytes] = Counter()  # blocks that running prefills are about to share
+        self._announced: dict[bytes, Sequence] = {}  # blocks that running prefills are about to share
 
     @property
     def has_work(self) -> bool:
@@ -344,19 +343,26 @@ class Scheduler:
             return
         grain = self._grain()
         sequence.announced = sequence.target // self.page_tokens // grain * grain
-        digests = self._digests(sequence, sequence.announced)
-        self._announced.update(digests[sequence.registered : sequence.announced])
+        for digest in self._digests(sequence, sequence.announced)[sequence.registered :]:
+            other = self._announced.get(digest)
+            if other is None or other.priority > sequence.priority:
+                self._announced[digest] = sequence
 
     def _is_announced(self, sequence: Sequence, target: int, shared: int) -> bool:
-        """Whether waiting would give a sequence more of its prefix than the blocks that it could share now."""
+        """Whether waiting would give a sequence more of its prefix than the blocks that it could share now.
+
+        Nobody waits for a prefill of worse priority: it may not get its turn.
+        """
         blocks = (target - 1) // self.page_tokens
-        return shared + self._grain() <= blocks and self._announced[self._digests(sequence, blocks)[shared]] > 0
+        if shared + self._grain() > blocks:
+            return False
+        other = self._announced.get(self._digests(sequence, blocks)[shared])
+        return other is not None and other.priority <= sequence.priority
 
     def _withdraw(self, sequence: Sequence, end: int) -> None:
         """End the announcement of its blocks up to `end`: they are shared now, or never will be."""
         for digest in sequence.digests[sequence.registered : end]:
-            self._announced[digest] -= 1
-            if not self._announced[digest]:
+            if self._announced.get(digest) is sequence:
                 del self._announced[digest]
 
     def _register(self, sequence: Sequence, entry: Chunk | Decode) -> None:
