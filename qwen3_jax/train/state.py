@@ -44,6 +44,16 @@ class StateError(ValueError):
     """A training state that cannot be written or used: one line for each step, naming file or leaf."""
 
 
+class _Told(logging.Filter):
+    """Drop the tracebacks that Orbax's threads log of errors that they raise as well: `Checkpoints` says them once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_Told())
+
+
 class Checkpoints:
     """The checkpoints of one run. In several processes, all call each method together."""
 
@@ -160,8 +170,7 @@ class Checkpoints:
             self._fail(step, error)
 
     def _fail(self, step: int, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
-        self._failure = f"{self.folder / _name(step)} was not saved: {reason}"
+        self._failure = f"{self.folder / _name(step)} was not saved: {_reason(error)}"
         log.error("%s", self._failure)
         if distributed.is_main():
             shutil.rmtree(self.folder / f"{_name(step)}{PARTIAL}", ignore_errors=True)
@@ -277,8 +286,7 @@ class Checkpoints:
                 restore = ocp.args.PyTreeRestore(item=shapes, restore_args=arguments)
                 found = checkpointer.restore(folder / ARRAYS, args=restore)
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            raise StateError(f"{folder}: cannot be read: {reason}") from error
+            raise StateError(f"{folder}: cannot be read: {_reason(error)}") from error
         values = [leaves.as_asked(found[path], leaf) for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_tree), values), record["meta"]
 
@@ -322,6 +330,12 @@ def _together(write: Any) -> None:
         distributed.once(write)
     except distributed.ClusterError as error:
         raise StateError(str(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong in a line; TensorStore names the cause last, after paths."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:80]} … {text[-160:]}"
 
 
 def _name(step: int) -> str:
