@@ -31,15 +31,16 @@ def month_name(language: Language, month: int) -> str:
 
 
 def weekday(rng: Random, language: Language, scale: int) -> Problem:
-    """The day of the week up to 39 days ahead: take whole weeks off, then go day by day."""
+    """The day of the week up to 99 days ahead: take ten weeks off, single weeks, then go day by day."""
     names = WEEKDAYS[language]
-    day, n = rng.randrange(7), rng.randint(2, 10 * scale - 1)
+    day, n = rng.randrange(7), rng.randint(2, 25 * scale - 1)
     left, lines, parts = n, [f"{names[day]}+{n}"], []
     while left >= 7:
-        lines.append(f"{left}-7={left - 7}")
-        if not is_table_fact("-", left, 7):
-            parts.append(key_of("-", left, 7))
-        left -= 7
+        weeks = 70 if left >= 70 else 7
+        lines.append(f"{left}-{weeks}={left - weeks}")
+        if not is_table_fact("-", left, weeks):
+            parts.append(key_of("-", left, weeks))
+        left -= weeks
     at = day
     lines.append(f"{names[at]} {left}")
     while left:
