@@ -22,6 +22,8 @@ from collections.abc import Collection, Mapping
 from qwen3_jax.engine.pages import Pages, block_digest, root_digest
 from qwen3_jax.engine.sequence import Chunk, Decode, Plan, Sequence
 
+LOOK = 32  # sequences at the head of the queue that one plan considers
+
 
 class TooLarge(ValueError):
     """A sequence that could not run even alone: it needs more positions than the whole cache has."""
@@ -226,14 +228,14 @@ class Scheduler:
         running row keeps a page to grow into.
         """
         at = 0
-        while at < len(self.waiting) and self._rows:
+        while at < min(len(self.waiting), LOOK) and self._rows:
             sequence = self.waiting[at]
-            if sequence.in_flight:  # tokens of the life before its preemption: known soon
+            if sequence.in_flight or self._awaits(sequence):  # tokens of the life before its preemption: known soon
                 at += 1
                 continue
             target = len(sequence.prompt) + (0 if self.deterministic else len(sequence.output))
             shared = self._cached_prefix(sequence, target)
-            if self._announced and self._is_announced(sequence, target, len(shared)):
+            if self._announced and self._waits_for_more(sequence, target, len(shared)):
                 at += 1
                 continue
             self.pages.share(shared)
@@ -316,17 +318,17 @@ class Scheduler:
         """Blocks that are shared together."""
         return self.chunk_tokens // self.page_tokens if self.deterministic else 1
 
-    def _digests(self, sequence: Sequence, blocks: int) -> list[bytes]:
-        """Return the digests of a sequence's first full blocks; their tokens must be known."""
+    def _digest(self, sequence: Sequence, block: int) -> bytes:
+        """Return the digest of a full block whose tokens are known, computing those before it if need be."""
         digests = sequence.digests
         size, prompt = self.page_tokens, sequence.prompt
-        for at in range(len(digests) * size, blocks * size, size):
+        for at in range(len(digests) * size, (block + 1) * size, size):
             parent = digests[-1] if digests else root_digest(sequence.salt)
-            block = prompt[at : at + size]
-            if len(block) < size:
-                block = [sequence.token(position) for position in range(at, at + size)]
-            digests.append(block_digest(parent, block))
-        return digests[:blocks]
+            tokens = prompt[at : at + size]
+            if len(tokens) < size:
+                tokens = [sequence.token(position) for position in range(at, at + size)]
+            digests.append(block_digest(parent, tokens))
+        return digests[block]
 
     def _cached_prefix(self, sequence: Sequence, target: int) -> list[int]:
         """Return the pages of its longest cached prefix, at least one token short of `target`: something must draw."""
@@ -334,7 +336,7 @@ class Scheduler:
             return []
         grain = self._grain()
         blocks = (target - 1) // self.page_tokens // grain * grain
-        found = self.pages.longest(self._digests(sequence, blocks))
+        found = self.pages.longest(self._digest(sequence, block) for block in range(blocks))
         return found[: len(found) // grain * grain]
 
     def _announce(self, sequence: Sequence) -> None:
@@ -343,20 +345,26 @@ class Scheduler:
             return
         grain = self._grain()
         sequence.announced = sequence.target // self.page_tokens // grain * grain
-        for digest in self._digests(sequence, sequence.announced)[sequence.registered :]:
+        for block in range(sequence.registered, sequence.announced):
+            digest = self._digest(sequence, block)
             other = self._announced.get(digest)
             if other is None or other.priority > sequence.priority:
                 self._announced[digest] = sequence
 
-    def _is_announced(self, sequence: Sequence, target: int, shared: int) -> bool:
-        """Whether waiting would give a sequence more of its prefix than the blocks that it could share now.
-
-        Nobody waits for a prefill of worse priority: it may not get its turn.
-        """
+    def _waits_for_more(self, sequence: Sequence, target: int, shared: int) -> bool:
+        """Whether waiting would give a sequence more of its prefix than the blocks that it could share now."""
         blocks = (target - 1) // self.page_tokens
         if shared + self._grain() > blocks:
             return False
-        other = self._announced.get(self._digests(sequence, blocks)[shared])
+        sequence.awaited = self._digest(sequence, shared)
+        return self._awaits(sequence)
+
+    def _awaits(self, sequence: Sequence) -> bool:
+        """Whether the block that a sequence waits for is still to come.
+
+        Nobody waits for a prefill of worse priority: it may not get its turn.
+        """
+        other = self._announced.get(sequence.awaited)
         return other is not None and other.priority <= sequence.priority
 
     def _withdraw(self, sequence: Sequence, end: int) -> None:
@@ -379,10 +387,9 @@ class Scheduler:
         blocks = end // self.page_tokens // grain * grain
         if blocks <= sequence.registered:
             return
-        digests = self._digests(sequence, blocks)
         self._withdraw(sequence, min(blocks, sequence.announced))
         for block in range(sequence.registered, blocks):
-            self.pages.register(sequence.pages[block], digests[block])
+            self.pages.register(sequence.pages[block], self._digest(sequence, block))
         sequence.registered = blocks
 
 

@@ -50,6 +50,7 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
     registered: int = 0  # blocks that are shared, or were when they were full
     announced: int = 0  # end of the blocks that others wait for rather than compute too
+    awaited: bytes = b""  # the block of another's that it waits for
 
     @property
     def prefilling(self) -> bool:
