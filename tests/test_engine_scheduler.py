@@ -225,7 +225,7 @@ class Engine:
         self.check()
         pages = self.scheduler.pages
         assert pages.available == pages.total
-        assert not self.scheduler._announced
+        assert not self.scheduler.prefixes.announced
         assert len(self.scheduler._rows) == self.rows
         pages.clear()
         assert pages.cached == 0
@@ -280,7 +280,7 @@ def test_random_traffic_keeps_every_page_and_text(number: int):
         cached += sequence.cached
     assert len(engine.done) > 80
     assert preemptions > 0
-    assert (cached > 0) == engine.scheduler.prefix_cache
+    assert (cached > 0) == engine.scheduler.prefixes.enabled
     engine.check_over()
 
 

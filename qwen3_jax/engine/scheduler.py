@@ -19,7 +19,8 @@ prefilled with its output.
 from bisect import insort
 from collections.abc import Collection, Mapping
 
-from qwen3_jax.engine.pages import Pages, block_digest, root_digest
+from qwen3_jax.engine.pages import Pages
+from qwen3_jax.engine.prefixes import Prefixes
 from qwen3_jax.engine.sequence import Chunk, Decode, Plan, Sequence
 
 LOOK = 32  # sequences at the head of the queue that one plan considers
@@ -70,8 +71,9 @@ class Scheduler:
         self.page_tokens = page_tokens
         self.chunk_tokens = chunk_tokens
         self.decode_tokens = decode_tokens
-        self.prefix_cache = prefix_cache
         self.deterministic = deterministic
+        grain = chunk_tokens // page_tokens if deterministic else 1
+        self.prefixes = Prefixes(self.pages, page_tokens=page_tokens, grain=grain, enabled=prefix_cache)
         self.waiting: list[Sequence] = []  # by priority and arrival
         self.waiting_tokens = 0  # prompt tokens of those that wait
         self._sequences: dict[int, Sequence] = {}
@@ -79,7 +81,6 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._rows = list(range(rows - 1, -1, -1))  # free ones
         self._arrivals = 0
-        self._announced: dict[bytes, Sequence] = {}  # blocks that running prefills are about to share
 
     @property
     def has_work(self) -> bool:
@@ -230,12 +231,14 @@ class Scheduler:
         at = 0
         while at < min(len(self.waiting), LOOK) and self._rows:
             sequence = self.waiting[at]
-            if sequence.in_flight or self._awaits(sequence):  # tokens of the life before its preemption: known soon
+            if sequence.in_flight or self.prefixes.awaits(
+                sequence
+            ):  # tokens of the life before its preemption: known soon
                 at += 1
                 continue
             target = len(sequence.prompt) + (0 if self.deterministic else len(sequence.output))
-            shared = self._cached_prefix(sequence, target)
-            if self._announced and self._waits_for_more(sequence, target, len(shared)):
+            shared = self.prefixes.cached(sequence, target)
+            if self.prefixes.promises_more(sequence, target, len(shared)):
                 at += 1
                 continue
             self.pages.share(shared)
@@ -253,7 +256,7 @@ class Scheduler:
             sequence.state = "running"
             if not sequence.preemptions:
                 sequence.cached = sequence.computed
-            self._announce(sequence)
+            self.prefixes.announce(sequence)
             self._prefilling.append(sequence)
             plan.admitted.append(sequence)
 
@@ -302,7 +305,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """Take row and pages from a running sequence."""
-        self._withdraw(sequence, sequence.announced)
+        self.prefixes.withdraw(sequence)
         self.pages.release(sequence.pages)
         sequence.pages = []
         sequence.computed = sequence.registered = sequence.announced = 0
@@ -314,83 +317,13 @@ class Scheduler:
     def _pages_of(self, positions: int) -> int:
         return -(-positions // self.page_tokens)
 
-    def _grain(self) -> int:
-        """Blocks that are shared together."""
-        return self.chunk_tokens // self.page_tokens if self.deterministic else 1
-
-    def _digest(self, sequence: Sequence, block: int) -> bytes:
-        """Return the digest of a full block whose tokens are known, computing those before it if need be."""
-        digests = sequence.digests
-        size, prompt = self.page_tokens, sequence.prompt
-        for at in range(len(digests) * size, (block + 1) * size, size):
-            parent = digests[-1] if digests else root_digest(sequence.salt)
-            tokens = prompt[at : at + size]
-            if len(tokens) < size:
-                tokens = [sequence.token(position) for position in range(at, at + size)]
-            digests.append(block_digest(parent, tokens))
-        return digests[block]
-
-    def _cached_prefix(self, sequence: Sequence, target: int) -> list[int]:
-        """Return the pages of its longest cached prefix, at least one token short of `target`: something must draw."""
-        if not self.prefix_cache:
-            return []
-        grain = self._grain()
-        blocks = (target - 1) // self.page_tokens // grain * grain
-        found = self.pages.longest(self._digest(sequence, block) for block in range(blocks))
-        return found[: len(found) // grain * grain]
-
-    def _announce(self, sequence: Sequence) -> None:
-        """Let others wait for the whole blocks that this prefill will share, rather than compute them too."""
-        if not self.prefix_cache:
-            return
-        grain = self._grain()
-        sequence.announced = sequence.target // self.page_tokens // grain * grain
-        for block in range(sequence.registered, sequence.announced):
-            digest = self._digest(sequence, block)
-            other = self._announced.get(digest)
-            if other is None or other.priority > sequence.priority:
-                self._announced[digest] = sequence
-
-    def _waits_for_more(self, sequence: Sequence, target: int, shared: int) -> bool:
-        """Whether waiting would give a sequence more of its prefix than the blocks that it could share now."""
-        blocks = (target - 1) // self.page_tokens
-        if shared + self._grain() > blocks:
-            return False
-        sequence.awaited = self._digest(sequence, shared)
-        return self._awaits(sequence)
-
-    def _awaits(self, sequence: Sequence) -> bool:
-        """Whether the block that a sequence waits for is still to come.
-
-        Nobody waits for a prefill of worse priority: it may not get its turn.
-        """
-        other = self._announced.get(sequence.awaited)
-        return other is not None and other.priority <= sequence.priority
-
-    def _withdraw(self, sequence: Sequence, end: int) -> None:
-        """End the announcement of its blocks up to `end`: they are shared now, or never will be."""
-        for digest in sequence.digests[sequence.registered : end]:
-            if self._announced.get(digest) is sequence:
-                del self._announced[digest]
-
     def _register(self, sequence: Sequence, entry: Chunk | Decode) -> None:
-        """Share the pages that are full and whose tokens are known; in deterministic mode, those of whole chunks."""
-        if not self.prefix_cache:
-            return
+        """Share what an entry has filled, as far as its tokens are known; never decoded pages in deterministic mode."""
         if isinstance(entry, Chunk):
-            end = entry.start + entry.length
-        elif self.deterministic:
-            return
-        else:
-            end = len(sequence.prompt) + min(entry.first + entry.count, len(sequence.output)) - 1
-        grain = self._grain()
-        blocks = end // self.page_tokens // grain * grain
-        if blocks <= sequence.registered:
-            return
-        self._withdraw(sequence, min(blocks, sequence.announced))
-        for block in range(sequence.registered, blocks):
-            self.pages.register(sequence.pages[block], self._digest(sequence, block))
-        sequence.registered = blocks
+            self.prefixes.register(sequence, entry.start + entry.length)
+        elif not self.deterministic:
+            known = min(entry.first + entry.count, len(sequence.output))
+            self.prefixes.register(sequence, len(sequence.prompt) + known - 1)
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
