@@ -1,0 +1,128 @@
+"""Deterministic mode: a request's tokens and log-probabilities are its own, whatever else the engine does.
+
+Each request is run alone on an empty prefix cache, which is the truth here; then beside many others, on cached
+prefixes, in other chunks than its neighbours, and preempted. Not a bit may differ, in float32 or bfloat16.
+"""
+
+import random
+from typing import Any
+
+import pytest
+
+from qwen3_jax.engine.engine import Engine
+from qwen3_jax.engine.observer import Observer
+from qwen3_jax.engine.options import EngineOptions
+from qwen3_jax.loaded import load_model
+from qwen3_jax.reply import Completion
+from tests.engines import Cycle, ask, write
+
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5},
+    {"logprobs": 2},
+    {"temperature": 0.9, "logprobs": 1, "thinking_budget": 3},
+    {"temperature": 1.0, "grammar": True},
+)
+
+
+class Preemptions(Observer):
+    count = 0
+
+    def preempted(self) -> None:
+        self.count += 1
+
+
+def requests(engine: Engine, count: int, *, lengths: tuple[int, ...], outputs: tuple[int, ...], seed: int):
+    """Draw prompts, a third of which begin alike, and what is asked of them."""
+    rng = random.Random(seed)
+    top = engine.model.tokenizer.vocab_size
+    common = [rng.randrange(20, top) for _ in range(max(lengths))]
+    grammar = Cycle([[300, 301, 302], [400, 401]], 6, engine.model.tokenizer.stop_ids[0])
+    asked = []
+    for i in range(count):
+        prompt = [rng.randrange(20, top) for _ in range(rng.choice(lengths))]
+        if i % 3 == 0:
+            prompt = common[: rng.choice(lengths)] + prompt[: min(lengths)]
+        kind = dict(rng.choice(KINDS))
+        if kind.pop("grammar", False):
+            kind["grammar"] = grammar
+        asked.append((prompt, {"seed": i, "max_tokens": rng.choice(outputs), **kind}))
+    return asked
+
+
+def alone(engine: Engine, asked) -> list[Completion]:
+    """Run the requests one by one, each on an empty prefix cache."""
+    out = []
+    for prompt, options in asked:
+        engine.call(engine._scheduler.pages.clear).result()
+        out.append(ask(engine, prompt, **options).wait())
+    return out
+
+
+def together(engine: Engine, asked, *, at_once: int, seed: int) -> list[Completion]:
+    order = list(range(len(asked)))
+    random.Random(seed).shuffle(order)
+    found: dict[int, Completion] = {}
+    for first in range(0, len(order), at_once):
+        heard = {i: ask(engine, asked[i][0], **asked[i][1]) for i in order[first : first + at_once]}
+        found |= {i: h.wait(600) for i, h in heard.items()}
+    return [found[i] for i in range(len(asked))]
+
+
+def differences(ours: list[Completion], theirs: list[Completion]) -> list[int]:
+    """Return which of two lists of completions differ, in tokens or in a bit of a log-probability."""
+    return [
+        i
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
+        if (a.token_ids, a.logprobs, a.finish_reason) != (b.token_ids, b.logprobs, b.finish_reason)
+    ]
+
+
+def run(folder, dtype: str, options: EngineOptions, *, pairs: int, at_once: int, cache, lengths, outputs) -> None:
+    observer = Preemptions()
+    engine = Engine(load_model(folder, dtype=dtype, cache=cache), options, observer=observer)
+    engine.start()
+    try:
+        asked = requests(engine, pairs, lengths=lengths, outputs=outputs, seed=1)
+        truth = alone(engine, asked)
+        assert observer.count == 0
+        assert len({c.token_ids for c in truth}) > pairs // 2
+        assert not differences(truth, together(engine, asked, at_once=at_once, seed=2))
+        preempted = observer.count
+        cached = engine._scheduler.pages.cached
+        assert not differences(truth, together(engine, asked, at_once=at_once // 2, seed=3))
+    finally:
+        engine.stop()
+    assert preempted > 0, "nothing was preempted: the test has not tried it"
+    assert cached > 0, "no prefix was shared"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hundred_requests_are_the_same_alone_and_among_others(folder, dtype, tmp_path_factory):
+    options = EngineOptions(rows=4, page_tokens=8, chunk_tokens=32, cache_tokens=384, decode_tokens=4)
+    run(
+        folder, dtype, options, pairs=100, at_once=50, cache=tmp_path_factory.getbasetemp() / "xla",
+        lengths=(1, 3, 20, 31, 32, 33, 70), outputs=(3, 20, 90),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_a_thousand_requests_are_the_same_alone_and_among_64(moe, dtype, tmp_path_factory):
+    path = tmp_path_factory.mktemp("wide")
+    write(path, moe=moe, hidden_size=128, num_attention_heads=8, head_dim=32, intermediate_size=256)
+    options = EngineOptions(rows=64, page_tokens=16, chunk_tokens=64, cache_tokens=64 * 64, decode_tokens=8)
+    run(
+        path, dtype, options, pairs=1000, at_once=64, cache="off",
+        lengths=(1, 5, 40, 63, 64, 65, 130), outputs=(4, 30, 120),
+    )  # fmt: skip
