@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from qwen3_jax import cli_batch, cli_mesh, cli_serve, cli_train
+from qwen3_jax import cli_batch, cli_eval, cli_mesh, cli_serve, cli_train
 from qwen3_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -355,6 +355,8 @@ Commands = (
     | Annotated[cli_batch.Batch, subcommand("batch")]
     | Annotated[cli_train.Train, subcommand("train")]
     | Annotated[cli_train.Plot, subcommand("plot")]
+    | Annotated[cli_eval.Merge, subcommand("merge")]
+    | Annotated[cli_eval.Eval, subcommand("eval")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Parity, subcommand("parity")]
     | Annotated[Models, subcommand("models")]
