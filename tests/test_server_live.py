@@ -1,15 +1,20 @@
 """The contract, held by the openai client and plain sockets against `qwen3-jax serve` on the embedded checkpoint."""
 
 import concurrent.futures
+import http.client
 import json
 import socket
+import time
+from typing import Any
 
 import jsonschema
 import openai
+import psutil
 import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
+from tests.mutations import requests
 from tests.server_process import Server, answer, demo
 
 KEY = "a-secret-key"
@@ -59,6 +64,11 @@ def chat(client: OpenAI, **fields):
     return client.chat.completions.create(**fields)
 
 
+def tokenize(client: OpenAI, server: Server, **body: Any) -> dict[str, Any]:
+    said: Any = client.post(f"{server.url}/tokenize", cast_to=object, body=body)
+    return said
+
+
 def test_models(client):
     (model,) = client.models.list().data
     assert (model.id, model.object) == ("demo", "model")
@@ -106,6 +116,7 @@ def test_a_stream_says_what_the_plain_answer_says(client, fields):
                 if choice.finish_reason:
                     reasons[choice.index] = choice.finish_reason
     assert len(ids) == 1
+    assert usage is not None
     assert roles == list(range(len(plain.choices)))
     assert usage.completion_tokens == plain.usage.completion_tokens
     assert usage.prompt_tokens == plain.usage.prompt_tokens
@@ -159,9 +170,7 @@ def test_the_thinking_budget_is_exact(client, server, budget):
     opening = {"extra_body": {"thinking_token_budget": budget, "ignore_eos": True, "return_token_ids": True}}
     said = chat(client, seed=3, max_tokens=80, **opening)
     ids = said.choices[0].model_extra["token_ids"]
-    stop = client.post(
-        f"{server.url}/tokenize", cast_to=object, body={"prompt": STOP_TEXT, "add_special_tokens": False}
-    )["tokens"]
+    stop = tokenize(client, server, prompt=STOP_TEXT, add_special_tokens=False)["tokens"]
     close = stop[-2]  # `</think>`, before the two line ends
     assert ids[budget : budget + len(stop)] == stop or close in ids[:budget]
     streamed = [c for c in chat(client, seed=3, max_tokens=80, stream=True, **opening) if c.choices]
@@ -175,11 +184,8 @@ STOP_TEXT = (
 
 
 def test_thinking_off(client, server):
-    tokenize = lambda **more: client.post(  # noqa: E731
-        f"{server.url}/tokenize", cast_to=object, body={"messages": MESSAGES} | more
-    )["count"]
-    base = tokenize()
-    off = tokenize(chat_template_kwargs={"enable_thinking": False})
+    base = tokenize(client, server, messages=MESSAGES)["count"]
+    off = tokenize(client, server, messages=MESSAGES, chat_template_kwargs=OFF)["count"]
     assert off > base
     for fields in ({"reasoning_effort": "none"}, {"extra_body": {"chat_template_kwargs": OFF}}, {"extra_body": OFF}):
         assert chat(client, **fields).usage.prompt_tokens == off
@@ -243,7 +249,8 @@ class TestTools:
         fields = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 300, "temperature": temperature, "seed": 1}
         if stream:
             with client.chat.completions.stream(model="demo", messages=MESSAGES, extra_body=OFF, **fields) as events:
-                choice = [*events] and events.get_final_completion().choices[0]
+                assert [*events]
+                choice = events.get_final_completion().choices[0]
         else:
             choice = chat(client, extra_body=OFF, **fields).choices[0]
         assert choice.finish_reason == "tool_calls"
@@ -276,7 +283,7 @@ class TestTools:
 
 class TestCompletions:
     def test_text_and_ids(self, client, server):
-        ids = client.post(f"{server.url}/tokenize", cast_to=object, body={"prompt": "The sky is"})["tokens"]
+        ids = tokenize(client, server, prompt="The sky is")["tokens"]
         texts = [
             client.completions.create(model="demo", prompt=prompt, temperature=0, max_tokens=8)
             for prompt in ("The sky is", ids)
@@ -330,6 +337,21 @@ class TestCompletions:
             extra_body={"return_token_ids": True, "ignore_eos": True},
         )  # fmt: skip
         assert said.choices[0].model_extra["token_ids"] == [65] * 4
+
+    def test_allowed_token_ids_and_bad_words(self, client, server):
+        ask = {"model": "demo", "prompt": "A", "max_tokens": 30, "seed": 1, "temperature": 2}
+
+        def ids(**extra):
+            said = client.completions.create(**ask, extra_body={"return_token_ids": True, "ignore_eos": True} | extra)
+            return said.choices[0].model_extra["token_ids"]
+
+        assert set(ids(allowed_token_ids=[64, 65, 66])) == {64, 65, 66}
+        assert set(ids(allowed_token_ids=[64, 65, 66], bad_words=["a"])) == {65, 66}
+        hello = tokenize(client, server, prompt="hello", add_special_tokens=False)["tokens"]
+        mixed = ids(allowed_token_ids=[*hello, 64], bad_words=["hello"])
+        text = client.post(f"{server.url}/detokenize", cast_to=object, body={"tokens": mixed})
+        assert set(hello) <= set(mixed)
+        assert "hello" not in str(text)
 
     def test_prompt_logprobs(self, client):
         said = client.completions.create(
@@ -387,7 +409,8 @@ class TestResponses:
 def test_errors_are_typed(client, server):
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, max_tokens=5000)
-    assert refused.value.body["type"] == "BadRequestError"
+    body: Any = refused.value.body
+    assert body["type"] == "BadRequestError"
     with pytest.raises(openai.BadRequestError, match="temperature"):
         chat(client, temperature=3)
     with pytest.raises(openai.AuthenticationError):
@@ -396,11 +419,11 @@ def test_errors_are_typed(client, server):
 
 def test_the_prefix_cache_keeps_tenants_apart(client):
     long = [{"role": "user", "content": "tell me all of it, " * 20}]
-    cached = lambda salt: (  # noqa: E731
-        chat(
-            client, messages=long, max_tokens=1, extra_body={"cache_salt": salt}
-        ).usage.prompt_tokens_details.cached_tokens
-    )
+
+    def cached(salt):
+        said = chat(client, messages=long, max_tokens=1, extra_body={"cache_salt": salt})
+        return said.usage.prompt_tokens_details.cached_tokens
+
     assert cached("one") == 0
     assert cached("one") > 0
     assert cached("two") == 0
@@ -432,6 +455,68 @@ def test_media_urls_are_not_fetched(client):
                 chat(client, messages=[{"role": "user", "content": [part]}])
         with pytest.raises(TimeoutError):
             trap.accept()
+
+
+HOSTILE = {
+    "n": {"n": 2**31 - 1},
+    "many prompts": {"prompt": ["a"] * 100_000, "n": 128},
+    "many stops": {"stop": ["a"] * 1_000_000},
+    "long stop": {"stop": "a" * 10_000_000},
+    "many biases": {"logit_bias": {str(i % 832): 1 for i in range(100_000)}},
+    "many stop ids": {"stop_token_ids": [5] * 500_000},
+    "long word": {"prompt": "a" * 1_000_000},
+    "long text": {"prompt": "a b " * 5_000_000},
+    "deep schema": {"guided_json": '{"a":' * 3000 + "1" + "}" * 3000},
+    "wide regex": {"guided_regex": "(a{1,1000}){1,1000}"},
+    "slow regex": {"guided_regex": "(((a+)+)+)+$" * 100},
+    "wide choice": {"guided_choice": ["x" * 1000] * 20_000},
+    "endless grammar": {"guided_grammar": 'root ::= root root | ""'},
+    "big numbers": {"seed": 10**4000},
+    "logprobs": {"logprobs": 10**9},
+    "bad words": {"bad_words": ["a"] * 1_000_000},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_one_hostile_request_does_not_stop_the_others(server, name):
+    """Refused or answered, while /health answers all the time and memory stays where it was."""
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    body = {"prompt": "a", "max_tokens": 2} | HOSTILE[name]
+    with server.post("/v1/completions", body, connection="close", **server.headers) as connection:
+        connection.settimeout(0.2)
+        data, worst = b"", 0.0
+        until = time.monotonic() + 60
+        while True:
+            began = time.monotonic()
+            assert server.get("/health")[0] == 200
+            worst = max(worst, time.monotonic() - began)
+            try:
+                if not (chunk := connection.recv(65536)):
+                    break
+                data += chunk
+            except TimeoutError:
+                assert time.monotonic() < until
+    assert worst < 10  # generous: the machine is shared; a quiet one takes milliseconds
+    assert int(data[9:12]) in (200, 400, 413)
+    assert len(data) < 20_000
+    assert process.memory_info().rss - before < 300 << 20
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_mutated_requests(server, seed):
+    """As in `test_server_fuzz`, against a model."""
+    for method, path, body, headers in requests(seed, 150, brief=True):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        headers = {"content-type": "application/json"} | headers | server.headers
+        connection.request(method, path, body, {k: v.encode() for k, v in headers.items()})
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        assert answer.status < 500, (method, path, body[:2000], data)
+        if answer.status >= 400 and method != "HEAD":
+            assert json.loads(data)["error"]["code"] == answer.status
+        assert b'"error":{' not in data or answer.status >= 400 or b'"code":400' in data, data
 
 
 def test_after_all_of_this_nothing_runs(server: Server):

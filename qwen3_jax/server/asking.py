@@ -11,11 +11,15 @@ from qwen3_jax.server.errors import refuse
 from qwen3_jax.server.generation import Ask
 from qwen3_jax.server.schema import Generating
 from qwen3_jax.server.serving import Serving
+from qwen3_jax.server.token_rules import TokenRules
 
 SAME = (  # fields that SamplingParams has under the same name
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
     "stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "ignore_eos",
 )  # fmt: skip
+
+STOP = 2048  # characters; a search for one takes about 1 kB for each
+BAD_WORD = 256  # characters
 
 
 def sampling(
@@ -27,6 +31,9 @@ def sampling(
         ApiError: a value out of range, or a token id that the model does not have.
     """
     changes = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    longest = max(map(len, [body.stop] if isinstance(body.stop, str) else body.stop or ()), default=0)
+    if longest > STOP:
+        raise refuse("stop", f"stop has a text of {longest} characters: at most {STOP} are allowed")
     state.check_ids(changes.get("stop_token_ids", ()), "stop_token_ids")
     if body.logit_bias is not None:
         changes["logit_bias"] = bias = {_token_id(key): value for key, value in body.logit_bias.items()}
@@ -78,7 +85,13 @@ def choices(
         raise refuse("n", f"n is {n}: must be at most {state.options.max_choices}")
     if prompt_logprobs is not None and not 0 <= prompt_logprobs <= 20:
         raise refuse("prompt_logprobs", f"prompt_logprobs is {prompt_logprobs}: must be from 0 to 20")
+    if grammar is not None and params.min_tokens:
+        if body.min_tokens:  # where the form lets the text end only, and min_tokens forbids it, nothing is left
+            raise refuse("min_tokens", "min_tokens is not supported together with a form of the answer or token rules")
+        params = params.replace(min_tokens=0)
     first = state.engine.requests.make(ids, params, name=name)
+    if isinstance(grammar, TokenRules):
+        first = replace(first, thinks=False)  # a grammar holds from the end of the thinking on, these rules from now
     if first.params.min_tokens > first.limit:
         raise refuse("min_tokens", f"min_tokens is {first.params.min_tokens}: the context has room for {first.limit}")
     asks = []
@@ -112,15 +125,35 @@ def logprobs_wanted(flag: bool | None, top: int | None) -> int | None:
     return (top or 0) if flag else None
 
 
+def rules(state: Serving, body: Generating, *, other: bool) -> TokenRules | None:
+    """Return what allowed_token_ids and bad_words say, None if they say nothing; `other`: a grammar says something too.
+
+    They hold for every token, reasoning included, so that there is no thinking budget beside them.
+
+    Raises:
+        ApiError: ids that are none, words that are none, or fields that exclude each other.
+    """
+    allowed, words = body.allowed_token_ids, body.bad_words or []
+    if allowed is None and not words:
+        return None
+    field = "bad_words" if allowed is None else "allowed_token_ids"
+    if other:
+        raise refuse(field, f"{field} is not supported together with tools that are forced or a form of the answer")
+    if body.thinking_token_budget not in (None, -1):
+        raise refuse(field, f"{field} is not supported together with thinking_token_budget")
+    last = state.model.tokenizer.vocab_size - 1
+    if allowed is not None and (not allowed or not all(0 <= i <= last for i in allowed)):
+        raise refuse(field, f"{field} must be a list of token ids from 0 to {last}, not empty")
+    if not all(0 < len(word) <= BAD_WORD for word in words):
+        raise refuse("bad_words", f"bad_words must be texts of 1 to {BAD_WORD} characters")
+    return TokenRules(state.model.tokenizer, state.model.config.vocab_size, allowed=allowed, words=words)
+
+
 def refuse_unsupported(body: Generating) -> None:
-    """Refuse what the sampler cannot do yet.
+    """Refuse what cannot be done.
 
     Raises:
         ApiError: naming the field.
     """
-    if body.allowed_token_ids is not None:
-        raise refuse("allowed_token_ids", "allowed_token_ids is not supported: use structured_outputs or logit_bias")
-    if body.bad_words:
-        raise refuse("bad_words", "bad_words is not supported: use stop, structured_outputs or logit_bias")
     if body.spaces_between_special_tokens is False:
         raise refuse("spaces_between_special_tokens", "spaces_between_special_tokens is not supported: leave it out")

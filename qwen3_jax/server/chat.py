@@ -69,6 +69,7 @@ async def prepare(state: Serving, body: ChatBody) -> Prepared:
     if body.skip_special_tokens is False:
         raise refuse("skip_special_tokens", "skip_special_tokens must be true here: use /v1/completions")
     asking.refuse_unsupported(body)
+    rules = asking.rules(state, body, other=bool(form or calling.form))
     thinking = False if body.reasoning_effort == "none" else body.enable_thinking
     ids = await prompt_ids(
         state,
@@ -85,7 +86,7 @@ async def prepare(state: Serving, body: ChatBody) -> Prepared:
     id = shapes.new_id("chatcmpl", body.request_id)
     asks = asking.choices(
         state, body, ids, params, id=id, name="the conversation", prompt_logprobs=body.prompt_logprobs,
-        grammar=await state.grammar(form or calling.form),
+        grammar=rules or await state.grammar(form or calling.form),
     )  # fmt: skip
     texts = shapes.TokenTexts(state.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     own_stops = frozenset(state.model.tokenizer.stop_ids) - set(body.stop_token_ids or ())

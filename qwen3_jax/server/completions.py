@@ -81,7 +81,8 @@ async def prepare(state: Serving, body: CompletionBody) -> Prepared:
     if len(given) * n > most:
         raise refuse("prompt", f"prompt has {len(given)} prompts and n is {n}: at most {most} completions together")
     max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    form = await state.grammar(structure.wanted(body))
+    form = structure.wanted(body)
+    grammar = asking.rules(state, body, other=form is not None) or await state.grammar(form)
     id = shapes.new_id("cmpl", body.request_id)
     prompts, asks = [], []
     for i, prompt in enumerate(given):
@@ -96,7 +97,7 @@ async def prepare(state: Serving, body: CompletionBody) -> Prepared:
         if wanted is None and body.echo and body.logprobs is not None:
             wanted = body.logprobs
         asks += asking.choices(
-            state, body, ids, params, id=f"{id}-{i}", grammar=form, name=f"prompt {i}", prompt_logprobs=wanted,
+            state, body, ids, params, id=f"{id}-{i}", grammar=grammar, name=f"prompt {i}", prompt_logprobs=wanted,
             of_each=True,
         )  # fmt: skip
         prompts.append(ids)
