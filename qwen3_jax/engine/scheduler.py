@@ -231,9 +231,8 @@ class Scheduler:
         at = 0
         while at < min(len(self.waiting), LOOK) and self._rows:
             sequence = self.waiting[at]
-            if sequence.in_flight or self.prefixes.awaits(
-                sequence
-            ):  # tokens of the life before its preemption: known soon
+            # In flight are tokens of a life before its preemption: they will be known soon.
+            if sequence.in_flight or self.prefixes.awaits(sequence):
                 at += 1
                 continue
             target = len(sequence.prompt) + (0 if self.deterministic else len(sequence.output))
