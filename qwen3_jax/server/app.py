@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from qwen3_jax.server import chat, completions, embeddings, errors, responses, status, tokenize
+from qwen3_jax.server import chat, completions, embeddings, errors, page, responses, status, tokenize
 from qwen3_jax.server.access import Access, HttpObserver
 from qwen3_jax.server.auth import Auth
 from qwen3_jax.server.limits import Limits
@@ -40,7 +40,7 @@ def create_app(engine: Any, options: ServerOptions | None = None, *, metrics: Me
     options = options or ServerOptions()
     app = FastAPI(title="qwen3-jax", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.serving = Serving(engine, options)
-    for module in (status, tokenize, chat, completions, responses, embeddings):
+    for module in (status, tokenize, chat, completions, responses, embeddings, page):
         app.include_router(module.router)
     if metrics is not None:
         app.include_router(metrics.router)
