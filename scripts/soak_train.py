@@ -111,12 +111,13 @@ def _slow_steps(seconds: float) -> None:
     loop.Loop._read = read
 
 
-def _hang_step(after: float) -> None:
+def _hang_step(after: float, timeout_s: float) -> None:
     from qwen3_jax.train import loop
 
     real = loop.Loop._read
 
     def a_step_that_hangs(self: Any, pending: Any) -> None:
+        self.watchdog.timeout_s = timeout_s  # from now on: compiling may take longer
         if self.place.step >= after:
             time.sleep(600)
         real(self, pending)
@@ -124,9 +125,10 @@ def _hang_step(after: float) -> None:
     loop.Loop._read = a_step_that_hangs
 
 
-def _hang_loader(after: float) -> None:
+def _hang_loader(after: float, timeout_s: float) -> None:
     from qwen3_jax.train.data import stream
 
+    _hang_step(float("inf"), timeout_s)
     real, rows = stream.Lane.row, iter(range(1 << 60))
 
     def a_loader_that_hangs(self: Any) -> Any:
@@ -561,7 +563,7 @@ def t10(lab: Lab) -> str:
     lab.reference()  # programs are in the compile cache
     timeout_s = 20.0
     runs = {
-        name: lab.run(name, step_timeout_s=timeout_s).start(fault=f"{name} {after}")
+        name: lab.run(name).start(fault=f"{name} {after} {timeout_s}")
         for name, after in (("hang_step", 6), ("hang_loader", 40))
     }
     told = []
