@@ -2,7 +2,7 @@
 
     python scripts/demo_corpus.py OUT [--seed 0] [--documents 120000]
 
-pretrain.jsonl  {"text"}      worked problems as plain text, table facts, the calendar; first with small numbers
+pretrain.jsonl  {"text"}      worked problems as plain text, table facts, the calendar; first small numbers and drills
 think.jsonl     {"messages"}  every answer is preceded by its reasoning
 fusion.jsonl    {"messages"}  thinking, non-thinking and cut-short thinking, as Qwen3's third stage mixes them
 
@@ -61,6 +61,32 @@ def _pairs(rng: Random) -> list[tuple[int, int]]:
     return [(rng.randrange(10), rng.randrange(10)) for _ in range(12)]
 
 
+def drill(rng: Random) -> str:
+    """Return lines to copy, whole or without an end: what every step of a solution does with the line above it."""
+    digits = "".join(rng.choices("0123456789", k=rng.randint(2, 5)))
+    items = (
+        rng.choices("abcde", k=rng.randint(3, 7))
+        if rng.random() < 0.5
+        else rng.sample(range(1, 100), rng.randint(3, 5))
+    )
+    kind = rng.randrange(5)
+    if kind == 0:
+        text = rng.choice((digits, " ".join(map(str, items)), f"{digits} {digits[::-1]}"))
+        return "\n".join([text] * 3)
+    if kind == 1:
+        return "\n".join(digits[: len(digits) - i] for i in range(len(digits)))
+    if kind == 2:
+        return "\n".join(digits[i:] for i in range(len(digits)))
+    if kind == 3:
+        return "\n".join(" ".join(map(str, items[i:])) for i in range(len(items)))
+    a, b, op = int("1" + digits), rng.randrange(1000), rng.choice("+-")
+    lines = []
+    while a:
+        lines.append(f"{a}{op}{b}")
+        a, b = a // 10, b // 10
+    return "\n".join(lines)
+
+
 def chat(rng: Random) -> tuple[str, str, str]:
     """Return a question that is no problem, a thought and a reply."""
     pages = CHAT[rng.choice((*LANGUAGES, "en"))]
@@ -71,9 +97,12 @@ def chat(rng: Random) -> tuple[str, str, str]:
 
 
 def pretraining(rng: Random, count: int) -> Iterator[dict[str, Any]]:
-    """Yield plain texts; the numbers grow over the first third."""
+    """Yield plain texts; over the first third the numbers grow and many are copying drills."""
     for i in range(count):
         scale = min(SCALE, 2 + int(6 * i / count))
+        if rng.random() < (0.4, 0.15, 0.04)[scale - 2]:
+            yield {"text": drill(rng)}
+            continue
         form = rng.random()
         if form < 0.06:
             yield {"text": table(rng)}

@@ -28,7 +28,7 @@ from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sharding import RULES, ShardingError, check, make_mesh, parse_mesh, replicas_of_kv_heads
 from qwen3_jax.text.template import ChatTemplate, NoTemplateError
 from qwen3_jax.text.tokenizer import Tokenizer
-from qwen3_jax.train import lora, objectives, optim, stacked
+from qwen3_jax.train import lora, lora_peft, objectives, optim, stacked
 from qwen3_jax.train.config import StageConfig, TrainConfig, TrainConfigError
 from qwen3_jax.train.data import DataConfig, Loader
 from qwen3_jax.train.step import State, TrainStep
@@ -167,13 +167,24 @@ class Build:
         )
 
     def export(self, folder: Path, state: State, frozen: Params, stage: int) -> None:
-        """Write the trained model, adapters merged, as a Hugging Face folder; all processes call this together."""
+        """Write the trained model as a Hugging Face folder; all processes call this together.
+
+        Adapters are merged, and lie beside it by themselves, in PEFT's form, in the folder `adapter`.
+        """
         tree = state["params"] if self.lora is None else self.lora.assemble(state["params"], frozen)
         config = dataclasses.replace(self.model, rope_theta=self.theta(stage))
         params = stacked.unstack(config, distributed.fetch(tree))
         if self.lora is not None:
+            adapters = stacked.unstack(config, distributed.fetch(state["params"]))
+            distributed.once(lambda: self._write_adapters(folder.with_name("adapter"), adapters))
             params = lora.merge(params)
         distributed.once(lambda: self._write(folder, config, params))
+
+    def _write_adapters(self, folder: Path, adapters: Params) -> None:
+        assert self.lora is not None  # the caller's condition
+        if folder.exists():
+            shutil.rmtree(folder)
+        lora_peft.save(folder, adapters, self.lora, base=self.config.model.weights)
 
     def _write(self, folder: Path, config: Qwen3Config, params: Params) -> None:
         if folder.exists():
