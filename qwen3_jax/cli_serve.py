@@ -75,7 +75,10 @@ class Serve:
         arg(metavar="N", help="tokens of KV cache", help_behavior_hint="(default: rows * min(context, 4096))"),
     ] = None
     page_tokens: Annotated[int, arg(metavar="N", help="tokens per page of it")] = EngineOptions.page_tokens
-    chunk_tokens: Annotated[int, arg(metavar="N", help="prompt tokens per prefill call")] = EngineOptions.chunk_tokens
+    chunk_tokens: Annotated[
+        int | None,
+        arg(metavar="N", help="prompt tokens per prefill call", help_behavior_hint="(default: 64 on a CPU, else 512)"),
+    ] = None
     decode_tokens: Annotated[int, arg(metavar="N", help="tokens per decode call when nobody waits")] = (
         EngineOptions.decode_tokens
     )
@@ -114,7 +117,15 @@ class Serve:
         options, engine_options = self._server_options(), self._engine_options()
         if not 0 <= self.port <= 65535:
             raise ServeError(f"port is {self.port}: must be from 0 to 65535")
+        if self.mesh is not None:
+            from qwen3_jax import distributed
+
+            cluster = distributed.detect()
+            if cluster is not None and cluster.num_processes > 1:
+                place = f"process {cluster.process_id} of {cluster.num_processes}"
+                raise ServeError(f"this is {place}: one process serves; start it with all devices of one host")
         tls = Tls(self.ssl_keyfile, self.ssl_certfile, self.ssl_ca_certs, self.ssl_ciphers)
+        tls.check()
         listener = bind(self.host, self.port)  # before minutes of loading
         with listener:
             return self._serve(listener, options, engine_options, tls)
@@ -128,7 +139,7 @@ class Serve:
         from qwen3_jax.server import logs
         from qwen3_jax.server.app import create_app
         from qwen3_jax.server.metrics import Metrics
-        from qwen3_jax.server.run import run
+        from qwen3_jax.server.run import end, run
 
         logging.config.dictConfig(logs.config(self.log_level))
         model = load_model(
@@ -148,7 +159,7 @@ class Serve:
                 create_app(engine, options, metrics=metrics), listener, options, tls=tls, log_level=self.log_level
             )
         finally:
-            engine.stop()
+            end(engine)
 
     def _server_options(self) -> Any:
         from qwen3_jax.server.options import ServerOptions

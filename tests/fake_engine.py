@@ -194,13 +194,14 @@ def main(argv: list[str]) -> int:
 
     from qwen3_jax.server.app import create_app
     from qwen3_jax.server.options import ServerOptions
-    from qwen3_jax.server.run import bind, run
+    from qwen3_jax.server.run import Tls, bind, run
 
     script, port, given = argv
     engine = FakeEngine(scripts()[script])
     changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(given).items()}
+    tls = Tls(*changes.pop("tls", ()))
     options = ServerOptions(**changes)
-    return run(create_app(engine, options), bind("127.0.0.1", int(port)), options)
+    return run(create_app(engine, options), bind("127.0.0.1", int(port)), options, tls=tls)
 
 
 if __name__ == "__main__":

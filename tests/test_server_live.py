@@ -524,3 +524,18 @@ def test_after_all_of_this_nothing_runs(server: Server):
         load = json.loads(answer(connection)[1])
     assert load["running"] == load["waiting"] == 0
     assert not [line for line in server.lines() if line["level"] in ("error", "critical")]
+
+
+def test_sigterm_lets_requests_end(server: Server):
+    """The last of this module: what runs is answered in full, and nothing of the process is left."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    body = {"messages": MESSAGES, "max_tokens": 300, "ignore_eos": True}
+    running = [server.post("/v1/chat/completions", body | {"stream": i % 2 == 0}, **server.headers) for i in range(6)]
+    time.sleep(0.2)
+    assert server.stop(timeout=60) == 0
+    for connection in running:
+        with connection:
+            status, said = answer(connection)
+        assert status == 200
+        assert b'"finish_reason":"length"' in said
+    assert not psutil.wait_procs(children, timeout=5)[1]

@@ -249,7 +249,7 @@ class TestErrors:
         assert "values" in complete(app, prompt=[1] * 2000).error["message"]
 
     def test_the_engine_says_no(self):
-        engine = FakeEngine(room=1)
+        engine = FakeEngine(lambda request: [Step(wait_s=0.5), "a"], room=1)
         app = create_app(engine)
         said = chat(app, n=3)
         assert said.status == 503
@@ -294,6 +294,13 @@ class TestErrors:
         assert said.status == 500
         assert "division" not in said.error["message"]
         assert "ZeroDivisionError" in caplog.text
+
+    def test_prompts_are_logged_only_if_asked_for(self, engine, caplog):
+        caplog.set_level("INFO")
+        chat(create_app(engine))
+        assert "messages" not in str([vars(record) for record in caplog.records])
+        chat(create_app(engine, ServerOptions(log_prompts=True)))
+        assert "messages" in str([vars(record) for record in caplog.records])
 
     def test_request_ids(self, app):
         assert request(app, "GET", "/health", X_Request_Id="abc-1").headers["x-request-id"] == "abc-1"

@@ -22,7 +22,10 @@ async def read(request: Request, model: type[Model]) -> Model:
     if media != "application/json":
         # Also what keeps a foreign web page from calling a server without a key: the browser asks first.
         raise ApiError(400, f"the content type is {clip(media, 80)!r}: must be application/json")
-    value = parse(await request.body(), request.app.state.serving.options)
+    options: ServerOptions = request.app.state.serving.options
+    value = parse(await request.body(), options)
+    if options.log_prompts:
+        request.state.log["request"] = value
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}: must be an object")
     try:

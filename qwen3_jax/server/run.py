@@ -9,13 +9,18 @@ import asyncio
 import contextlib
 import logging
 import logging.config
+import os
 import resource
 import signal
 import socket
+import ssl
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -42,6 +47,27 @@ class Tls:
     certfile: str | None = None
     ca_certs: str | None = None
     ciphers: str | None = None
+
+    def check(self) -> None:
+        """Read the files.
+
+        Raises:
+            ListenError: one is missing or is not what it should be.
+        """
+        if self.certfile is None:
+            if self.keyfile or self.ca_certs or self.ciphers:
+                raise ListenError("TLS needs a certificate: give ssl_certfile too")
+            return
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(self.certfile, self.keyfile, password="")
+            if self.ca_certs is not None:
+                context.load_verify_locations(self.ca_certs)
+            if self.ciphers is not None:
+                context.set_ciphers(self.ciphers)
+        except OSError as error:  # ssl.SSLError among them
+            files = ", ".join(filter(None, (self.certfile, self.keyfile, self.ca_certs, self.ciphers)))
+            raise ListenError(f"TLS cannot be set up with {files}: {error}") from None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -73,27 +99,24 @@ def run(
     """Serve until a signal or the engine's failure; return the exit code. Call it on the main thread."""
     tls = tls or Tls()
     _raise_file_limit(options.max_connections)
-    try:
-        config = uvicorn.Config(
-            app,
-            loop="uvloop",
-            http=bounded(options),  # pyright: ignore[reportArgumentType]
-            ws="none",
-            lifespan="off",
-            log_config=logs.config(log_level),
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=options.idle_s,  # pyright: ignore[reportArgumentType]
-            timeout_graceful_shutdown=options.drain_s + GRACE_S,  # pyright: ignore[reportArgumentType]
-            ssl_keyfile=tls.keyfile,
-            ssl_certfile=tls.certfile,
-            ssl_ca_certs=tls.ca_certs,
-            ssl_ciphers=tls.ciphers,  # pyright: ignore[reportArgumentType]
-        )
-        config.load()
-    except OSError as error:  # ssl.SSLError among them
-        raise ListenError(f"the TLS files cannot be used: {error}") from None
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=bounded(options),  # pyright: ignore[reportArgumentType]
+        ws="none",
+        lifespan="off",
+        log_config=logs.config(log_level),
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=options.idle_s,  # pyright: ignore[reportArgumentType]
+        timeout_graceful_shutdown=options.drain_s + GRACE_S,  # pyright: ignore[reportArgumentType]
+        ssl_keyfile=tls.keyfile,
+        ssl_certfile=tls.certfile,
+        ssl_ca_certs=tls.ca_certs,
+        ssl_ciphers=tls.ciphers,  # pyright: ignore[reportArgumentType]
+    )
+    config.load()
     server = _Server(config, app.state.serving)
     host, port = listener.getsockname()[:2]
     scheme = "https" if config.is_ssl else "http"
@@ -104,6 +127,17 @@ def run(
     finally:
         app.state.serving.close()
     return FAILED if app.state.serving.engine.failure is not None else OK
+
+
+def end(engine: Any, *, timeout_s: float = 20) -> None:
+    """Stop an engine; if its thread hangs, in a device that does not answer, end the process without it."""
+    stopping = threading.Thread(target=engine.stop, daemon=True)
+    stopping.start()
+    stopping.join(timeout_s)
+    if stopping.is_alive():
+        log(logging.CRITICAL, "the engine does not stop: the process ends without it", seconds=timeout_s)
+        sys.stderr.flush()
+        os._exit(FAILED)
 
 
 def _raise_file_limit(connections: int) -> None:
