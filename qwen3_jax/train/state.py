@@ -202,22 +202,26 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if self._checkpointer is not None:
-                self._checkpointer.close()
-                self._checkpointer = None
-            if hasattr(self._lock, "close"):
-                self._lock.close()
-            self._lock = None
+            self._release()
+
+    def _release(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+            self._checkpointer = None
+        if hasattr(self._lock, "close"):
+            self._lock.close()
+        self._lock = None
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        if kind is None:
             self.close()
-        except StateError:
-            if kind is None:
-                raise  # else it is logged, and what ended the run matters more
+            return
+        if self._commit is not None:  # the others may not come to ask how it went: end without them
+            self._commit.join()
+        self._release()
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
