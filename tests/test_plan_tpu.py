@@ -81,7 +81,7 @@ def test_decode_moves_what_it_must_and_nothing_else(name, slice_name, mesh, batc
     # Weights (but for the embedding's rows) and cache are read once; all else is small.
     embedding = 2 * config.vocab_size * config.hidden_size // (sizes["expert"] * sizes["model"])
     must = step.memory.weights - embedding + step.memory.cache
-    assert step.cost.hbm_bytes == pytest.approx(must, rel=0.05)
+    assert must < step.cost.hbm_bytes < 1.1 * must
     # Logits stay where the vocabulary is: only candidates are collected.
     assert arrays_gathered(step) < batch * config.vocab_size * 4 / 16
     if config.num_experts:  # whole experts: their width is not cut

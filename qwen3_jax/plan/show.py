@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qwen3_jax.plan.result import Plan, gb, mesh_name
+from qwen3_jax.plan.result import Plan, Step, gb, mesh_name
 
 
 def table(plan: Plan) -> Any:
@@ -88,50 +88,103 @@ def markdown(plans: Sequence[Plan]) -> str:
 PARTS = {"weights": "#4269d0", "cache": "#efb118", "temp": "#ff725c", "code": "#9498a0"}
 
 
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem }
+.note { color: #666 } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .4rem 0 }
+td, th { padding: .25rem .7rem; border-bottom: 1px solid #e4e4e4; text-align: left; white-space: nowrap }
+td.number, th.number { text-align: right } td.reason { white-space: normal }
+svg { display: block; max-width: 100%; height: auto; font: 13px system-ui, sans-serif }
+@media (prefers-color-scheme: dark) {
+  body { background: #181818; color: #ddd } td, th { border-color: #333 } .note { color: #999 }
+  svg text { fill: #ddd } svg .track { fill: #2a2a2a }
+}
+"""
+
+
 def page(plans: Sequence[Plan]) -> str:
-    """Write plans as one self-contained HTML page with a chart of HBM per chip."""
-    rows, charts = [], []
-    for p in plans:
-        label = html.escape(f"{p.model} · {p.topology} · {mesh_name(p.mesh)} · batch {p.batch} × {p.context}")
-        charts.append(f"<h3>{label}</h3>" + _chart(p))
-        for phase, step in p.steps.items():
-            c = step.cost
-            cells = [f"{p.model}", f"{p.topology}", mesh_name(p.mesh), phase]
-            cells += [f"{s * 1e3:.2f}" for s in (c.hbm_s, c.compute_s, c.ici_s, c.schedule_s)]
-            cells += [c.bound, f"{step.tokens / c.schedule_s / p.topology.devices:,.0f}"]
-            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    heads = ("model", "slice", "mesh", "phase", "hbm ms", "mxu ms", "ici ms", "schedule ms", "bound", "tokens/s/chip")
+    """Write plans as one self-contained HTML page: a chart of HBM per chip, the steps' times, the meshes that lost."""
+    title = html.escape(", ".join(dict.fromkeys(f"{p.model} on {p.topology}" for p in plans)))
     legend = " ".join(f'<span style="color:{colour}">■</span> {part}' for part, colour in PARTS.items())
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>qwen3-jax plan</title>'
-        "<style>body{font:15px system-ui;max-width:64rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse}td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:left}"
-        "</style><h1>Plans</h1><p>Derived from the compiled programs and public peak rates; nothing was run.</p>"
-        f"<h2>HBM per chip</h2><p>{legend}; the line is the chip's limit</p>{''.join(charts)}"
-        f"<h2>Steps</h2><table><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr>{''.join(rows)}</table></html>"
-    )
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style><h1>{title}</h1>',
+        '<p class="note">Derived from the compiled programs and public peak rates; nothing was run.</p>',
+        f'<h2>HBM per chip</h2><p class="note">{legend}; grey up to the limit of a chip</p>',
+    ]
+    for p in plans:
+        label = f"{p.model}, {p.topology}, {mesh_name(p.mesh)}, batch {p.batch} × {p.context}, {p.dtype}"
+        parts += [f"<h3>{html.escape(label)}</h3>", _chart(p)]
+    steps = [
+        [p.model, str(p.topology), mesh_name(p.mesh), phase, step.cost.bound, *_milliseconds(step), _rate(p, step)]
+        for p in plans
+        for phase, step in p.steps.items()
+    ]
+    heads = ["model", "slice", "mesh", "step", "binds", "hbm", "mxu", "ici", "schedule", "floor", "tokens/s/chip"]
+    parts += ["<h2>Milliseconds per step</h2>", _table(heads, steps, numbers_from=5)]
+    sends = [
+        [str(p.model), phase, kind, f"{c.count:,}", f"{c.bytes / 1e6:,.2f}"]
+        for p in plans
+        for phase, step in p.steps.items()
+        for kind, c in sorted(step.cost.collectives.items())
+    ]
+    if sends:
+        heads = ["model", "step", "collective", "per step", "MB sent by a chip"]
+        parts += ["<h2>Collectives</h2>", _table(heads, sends, numbers_from=3)]
+    others = [[str(p.model), mesh_name(r.mesh), r.reason] for p in plans for r in p.refused]
+    if others:
+        parts += ["<h2>Other meshes</h2>", _table(["model", "mesh", "why not"], others, numbers_from=3)]
+    remarks = [f"{p.model}: {line}" for p in plans for line in notes(p)]
+    parts += [f'<p class="note">{html.escape(line)}</p>' for line in remarks]
+    return "\n".join([*parts, "</html>"]) + "\n"
+
+
+def _milliseconds(step: Step) -> list[str]:
+    c = step.cost
+    return [f"{s * 1e3:.2f}" for s in (c.hbm_s, c.compute_s, c.ici_s, c.schedule_s, step.floor_s)]
+
+
+def _rate(plan: Plan, step: Step) -> str:
+    return f"{step.tokens / step.cost.schedule_s / plan.topology.devices:,.0f}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        kinds = [
+            "number" if i >= numbers_from else "reason" if head == "why not" else "" for i, head in enumerate(heads)
+        ]
+        filled = "".join(f'<{tag} class="{k}">{html.escape(c)}</{tag}>' for k, c in zip(kinds, cells, strict=True))
+        return f"<tr>{filled}</tr>"
+
+    return f'<div class="scroll"><table>{line("th", heads)}{"".join(line("td", row) for row in rows)}</table></div>'
 
 
 def _chart(plan: Plan) -> str:
-    width, limit = 720, plan.chip.hbm_bytes
+    """Draw a bar per phase, on a track as long as the chip's memory."""
+    limit = plan.chip.hbm_bytes
     phases = {phase: step.memory for phase, step in plan.steps.items()}
     if not phases:
         return f"<p>{html.escape(plan.error or 'nothing compiled')}</p>"
-    scale = width / max(limit * 1.05, *(m.total for m in phases.values()))
-    height, bars = 30 * len(phases), []
+    left, width, right = 64, 640, 200
+    scale = width / max(limit, *(m.total for m in phases.values()))
+    bars = []
     for row, (phase, memory) in enumerate(phases.items()):
-        x = 0.0
-        bars.append(f'<text x="0" y="{row * 30 + 19}" font-size="13">{phase}</text>')
+        x, y = float(left), row * 30 + 4
+        bars.append(f'<text x="0" y="{y + 15}">{phase}</text>')
+        bars.append(f'<rect class="track" x="{left}" y="{y}" width="{limit * scale:.1f}" height="22" fill="#eee"/>')
         for part, colour in PARTS.items():
             amount = getattr(memory, part)
             bars.append(
-                f'<rect x="{70 + x:.1f}" y="{row * 30 + 4}" width="{amount * scale:.1f}" height="22" fill="{colour}">'
+                f'<rect x="{x:.1f}" y="{y}" width="{amount * scale:.1f}" height="22" fill="{colour}">'
                 f"<title>{part} {gb(amount)}</title></rect>"
             )
             x += amount * scale
-    edge = 70 + limit * scale
-    bars.append(f'<line x1="{edge:.1f}" x2="{edge:.1f}" y1="0" y2="{height}" stroke="black" stroke-width="2"/>')
-    return f'<svg width="{width + 80}" height="{height}" role="img">{"".join(bars)}</svg>'
+        full = f"{memory.total / 1e9:.2f} of {limit / 1e9:.0f} GB" + ("" if memory.total <= limit else ", too much")
+        bars.append(f'<text x="{left + width + 10}" y="{y + 15}">{full}</text>')
+    size = f"0 0 {left + width + right} {30 * len(phases)}"
+    return f'<svg viewBox="{size}" width="{left + width + right}" role="img">{"".join(bars)}</svg>'
 
 
 def to_json(plans: Sequence[Plan]) -> str:
