@@ -177,6 +177,7 @@ class Loop:
                     log.warning(
                         "stage %s: the data ended after %d of %d steps", stage.name, self.place.stage_step, stage.steps
                     )
+                    self.place.stage_step = stage.steps
                     break
                 batch = step.put(taken.arrays, stage.accumulation)
                 if compiled is None:
@@ -193,6 +194,8 @@ class Loop:
                 stopping = self.stop.agreed()
                 if len(self.place.refused_in_a_row) >= self.config.refusal.stop_after or due or look or stopping:
                     self._drain()
+                if look and not stopping:  # whoever asks to stop does not wait for it
+                    self._evaluate(state, frozen)
                 self.place.data = None
                 if due or stopping or self._refused_too_often():
                     self.place.data = merge(gather(loader.state()))
@@ -200,8 +203,6 @@ class Loop:
                 if self._refused_too_often():
                     self.checkpoints.wait()
                     raise RefusedError(self._refusals())
-                if look:
-                    self._evaluate(state, frozen)
                 if stopping:
                     self.checkpoints.wait()
                     return state, False
@@ -274,6 +275,7 @@ class Loop:
             return
         stage = self.config.stages[self.place.stage]
         step = self.build.step(self.place.stage)
+        self.meter.pause()
         with self.goodput("evaluate"), self.watchdog("evaluate"):
             if self.place.stage not in self.evaluated:
                 with self._loader(settings.data, self.place.stage) as loader:
@@ -304,7 +306,8 @@ class Loop:
         else:
             state, meta = self.checkpoints.restore(latest, step.abstract_state())
             self.place = Place(**meta["place"])
-            self.place.refused_in_a_row = []
+            if self._refused_too_often():  # the run ended with these; they are counted anew
+                self.place.refused_in_a_row = []
         frozen = self.build.frozen()
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -317,6 +320,7 @@ class Loop:
         return state, frozen
 
     def _save(self, state: State) -> None:
+        self.meter.pause()
         with self.goodput("save"), self.watchdog("save"):
             self.checkpoints.save(self.place.step, state, {"place": vars(self.place)})
 

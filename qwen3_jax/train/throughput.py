@@ -21,8 +21,12 @@ class Meter:
         """Begin; `chip` is a name of configs/chips.toml, or empty for what the device says that it is."""
         self._model, self._chip, self._last = model, find(chip), None
 
+    def pause(self) -> None:
+        """Forget the last step: what comes between it and the next one is no step."""
+        self._last = None
+
     def step(self, tokens: float, length: int) -> dict[str, Any]:
-        """Return step_s, tokens_per_s and, on a known chip, mfu, since the step before."""
+        """Return step_s, tokens_per_s and, on a known chip, mfu, since the step before; nothing after a pause."""
         now = time.perf_counter()
         before, self._last = self._last, now
         if before is None:
@@ -49,7 +53,7 @@ def find(name: str) -> Chip | None:
 
 def _called(kind: str) -> Iterator[Chip]:
     """Yield chips whose name stands in a device kind: "TPU v5p", "TPU v5 lite" (v5e), "NVIDIA H100 80GB HBM3"."""
-    words = kind.replace("v5 lite", "v5e").replace("v6 lite", "v6e").replace("tpu7x", "tpu7x").split()
+    words = kind.replace("v5 lite", "v5e").replace("v6 lite", "v6e").split()
     for name, found in chips().items():
         if name.lower().split("-")[0] in words and ("-" not in name or f"{name.split('-')[1]}gb" in kind):
             yield found
