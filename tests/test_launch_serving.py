@@ -183,7 +183,7 @@ def test_the_ray_application(ray_serve, monkeypatch):
     module, given = ray_serve
     arguments = {"model": "/models/Qwen3-8B", "gpus": "2", "max_replicas": "4", "queue": "10", "rows": "8"}
     assert module.app(arguments) == "bound"
-    assert given.options["ray_actor_options"] == {"num_gpus": 2.0}
+    assert given.options["ray_actor_options"] == {"num_gpus": 2.0, "resources": {}}
     assert given.options["autoscaling_config"]["max_replicas"] == 4
     assert given.options["autoscaling_config"]["target_ongoing_requests"] == 10
     json.dumps(given.options)  # plain data

@@ -6,8 +6,8 @@
 #
 # For TPUs: `serve.sh tpu`, with ACCELERATOR=tpu-v6e-slice TOPOLOGY=2x4 DEVICES=8; a replica is one host. CLAIM is a
 # volume claim with the models, mounted at MOUNT (/models). ROWS (16) requests are decoded together per replica;
-# between REPLICAS (1) and MAX_REPLICAS (4) run, so that about QUEUE (8) requests wait in each. An API key comes from the
-# secret NAME, key api-key, if there is one. --dry-run prints the manifest instead of applying it.
+# between REPLICAS (1) and MAX_REPLICAS (4) run, so that about QUEUE (8) requests wait in each. An API key comes from
+# the secret NAME, key api-key, if there is one. --dry-run prints the manifest instead of applying it.
 set -euo pipefail
 
 kind=${1:-}
@@ -15,7 +15,8 @@ if [[ $kind != tpu && $kind != gpu ]] || (($# > 2)) || [[ ${2:---dry-run} != --d
   echo "usage: scripts/launch/serve.sh tpu|gpu [--dry-run]" >&2
   exit 2
 fi
-export MOUNT=${MOUNT:-/models} ROWS=${ROWS:-16} REPLICAS=${REPLICAS:-1} MAX_REPLICAS=${MAX_REPLICAS:-4} QUEUE=${QUEUE:-8}
+export MOUNT=${MOUNT:-/models} ROWS=${ROWS:-16}
+export REPLICAS=${REPLICAS:-1} MAX_REPLICAS=${MAX_REPLICAS:-4} QUEUE=${QUEUE:-8}
 
 manifest=$(
   python3 - "$(dirname "$0")/serve.yaml" "$kind" <<'PYTHON'
@@ -24,7 +25,8 @@ import json, math, os, re, string, sys
 # Every value becomes a JSON string or a whole number, so that nothing in it is YAML.
 text, kind = open(sys.argv[1]).read(), sys.argv[2]
 made = {"NODES", "DEVICE"}
-names = sorted(set(re.findall(r"\$\{(\w+)\}", text)) - made | {"ACCELERATOR"} | ({"TOPOLOGY"} if kind == "tpu" else set()))
+asked = {"ACCELERATOR", "TOPOLOGY"} if kind == "tpu" else {"ACCELERATOR"}
+names = sorted(set(re.findall(r"\$\{(\w+)\}", text)) - made | asked)
 missing = [name for name in names if not os.environ.get(name)]
 if missing:
     sys.exit(f"serve.sh: set {', '.join(missing)}")

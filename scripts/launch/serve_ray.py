@@ -48,21 +48,19 @@ class Settings:
 
 def app(arguments: dict[str, Any]) -> Any:
     """Return the application; Ray calls the function within on each replica."""
-    from ray import serve
+    from ray import serve  # pyright: ignore[reportMissingImports]
 
     settings = Settings.of(arguments)
 
     def routes() -> Any:
         return build(settings)
 
+    resources = {"TPU": settings.tpus} if settings.tpus else {}
     replica = serve.deployment(
         serve.ingress(routes)(),
         name="qwen3-jax",
         max_ongoing_requests=1024,  # the engine queues, and refuses what is too much
-        ray_actor_options={
-            "num_gpus": settings.gpus,
-            **({"resources": {"TPU": settings.tpus}} if settings.tpus else {}),
-        },
+        ray_actor_options={"num_gpus": settings.gpus, "resources": resources},
         autoscaling_config={
             "min_replicas": settings.replicas,
             "max_replicas": settings.max_replicas,
