@@ -3,6 +3,7 @@
 python scripts/demo_folder.py TRAINED START OUT      # START as scripts/demo_tokenizer.py writes it
 """
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -16,27 +17,21 @@ if str(REPO) not in sys.path:
 
 from qwen3_jax import checkpoint  # noqa: E402
 from qwen3_jax.checkpoint.export import new_folder, write_weights  # noqa: E402
+from qwen3_jax.config import Qwen3Config  # noqa: E402
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def write(trained: Path, start: Path, out: Path) -> None:
     """Round the weights to bfloat16 and put them beside the files that training started from."""
-    found = checkpoint.inspect(trained)
-    if found.config.to_dict() | {"dtype": None, "torch_dtype": None} != checkpoint_config(start):
+    found, wanted = checkpoint.inspect(trained), Qwen3Config.from_file(start / "config.json")
+    if dataclasses.replace(found.config, dtype=wanted.dtype) != wanted:
         raise ValueError(f"{trained}/config.json is not the configuration of {start}: train again from {start}")
     params = found.load(dtype=np.dtype(ml_dtypes.bfloat16), place=lambda path, tensor: tensor[...], progress=False)
     with new_folder(out) as partial:
         for name in FILES:
             shutil.copyfile(start / name, partial / name)
         write_weights(partial, found.config, params, progress=False)
-
-
-def checkpoint_config(folder: Path) -> dict:
-    """Return a folder's configuration without its dtype."""
-    from qwen3_jax.config import Qwen3Config
-
-    return Qwen3Config.from_file(folder / "config.json").to_dict() | {"dtype": None, "torch_dtype": None}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from qwen3_jax.checkpoint import names
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops import plain
 from qwen3_jax.sharding import RULES, make_mesh
-from qwen3_jax.train import lora, lora_peft, stacked
+from qwen3_jax.train import config as configs
+from qwen3_jax.train import loop, lora, lora_peft, stacked
 from qwen3_jax.train.lora import TARGETS, Lora, LoraConfig, LoraError
 from tests import tiny
 
@@ -166,7 +167,7 @@ def test_merged_folder_is_peft_merged(kind, tmp_path, request):
 
 def test_fresh_adapters_change_nothing_and_are_drawn_as_peft_draws(dense):
     config = checkpoint.load(dense, progress=False)[0]
-    of = Lora(LoraConfig(rank=64, alpha=1.0), config)
+    of = Lora(LoraConfig(rank=64, alpha=1.0, targets=("k_proj", "o_proj", "up_proj")), config)
     fresh = of.init(jax.random.key(0))
     layers = fresh["layers"][0]
     assert all(not np.any(leaf["b"]) for part in ("self_attn", "mlp") for leaf in layers[part].values())
@@ -217,3 +218,29 @@ def test_impossible_adapters_are_refused(dense, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").unlink()
     with pytest.raises(LoraError, match=r"adapter_config\.json: cannot be read"):
         lora_peft.load(tmp_path / "adapter", config)
+
+
+def test_a_run_trains_adapters_alone_and_leaves_what_peft_and_merge_take(dense, tmp_path):
+    """The base stays as it was; the run's adapters merged into it are the model that the run exports."""
+    random = np.random.default_rng(0)
+    rows = [json.dumps({"tokens": random.integers(0, 90, 12).tolist()}) for _ in range(8)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    run = {
+        "model": {"weights": str(dense)},
+        "run": {"folder": str(tmp_path / "run"), "compile_cache": "off"},
+        "data": {"sources": [{"name": "rows", "path": str(tmp_path / "data.jsonl")}]},
+        "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "down_proj"]},
+        "schedule": {"kind": "constant", "peak": 0.01},
+        "stages": [{"steps": 2, "batch": 2, "length": 16}],
+    }
+    loop.train(configs.from_dict(run))
+    theirs = peft.PeftModel.from_pretrained(torch_model(dense), str(tmp_path / "run" / "adapter"))
+    assert any(weight.abs().max() > 0 for name, weight in theirs.named_parameters() if "lora_B" in name)
+    lora_peft.merge_folder(dense, tmp_path / "run" / "adapter", tmp_path / "merged")
+    ours, exported = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", tmp_path / "run" / "model"))
+    before = load_file(dense / "model.safetensors")
+    assert ours.keys() == exported.keys() == before.keys()
+    for name, weight in exported.items():
+        torch.testing.assert_close(weight, ours[name], rtol=0, atol=1e-6)
+        adapted = name.endswith(("q_proj.weight", "down_proj.weight"))
+        assert torch.equal(weight, before[name]) != adapted, name
