@@ -1,0 +1,618 @@
+"""Break a live server in every way of the fault table and check what must hold: S1 to S10, each with an exit code.
+
+    python scripts/soak_serve.py [--only S3 S9] [--scale 0.1]
+
+Runs `qwen3-jax serve` on the embedded checkpoint, in which the embedding of one id that no text has is NaN, so that
+one request can be poisoned. A case prints one line and what it measured; the exit code is 0 when all hold, else 1.
+`--scale` multiplies the requests of S8 and S10. Everything listens on 127.0.0.1, every wait is bounded; 15 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "qwen3_jax" / "demo"
+POISON = 800  # an id of a padded row
+SILENCE_S = 1.0
+ROWS, CACHE_TOKENS, WAITING = 16, 8192, 256
+Figures = dict[str, Any]
+
+
+class Broken(AssertionError):
+    """What must hold does not."""
+
+
+def require(holds: object, told: str) -> None:
+    if not holds:
+        raise Broken(told)
+
+
+# --- The server -------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, folder: Path, log: Path, *arguments: str, trigger: Path | None = None, limit_kib: int = 0):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        self.log = log
+        serve = ["serve", str(folder), "--port", str(self.port), *arguments]
+        command = [sys.executable, "-m", "qwen3_jax", *serve]
+        if trigger is not None:
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", str(trigger), *serve]
+        if limit_kib:  # no file may grow beyond this: as a full disk
+            command = ["bash", "-c", f'ulimit -f {limit_kib}; exec "$0" "$@"', *command]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        out = subprocess.DEVNULL if limit_kib else log.open("wb")
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+
+    async def ready(self, seconds: float = 300) -> None:
+        """Wait until it answers."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            require(self.process.poll() is None, f"the server ended with {self.process.poll()}: {self.tail()}")
+            with contextlib.suppress(OSError, TimeoutError):
+                if (await self.ask("GET", "/health", seconds=5))[0] == 200:
+                    return
+            await asyncio.sleep(0.2)
+        raise Broken(f"the server did not start within {seconds:.0f} s: {self.tail()}")
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-400:] if self.log.exists() else ""
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.wait_for(asyncio.open_connection("127.0.0.1", self.port, limit=1 << 24), 20)
+
+    async def ask(self, method: str, path: str, body: Any = None, *, seconds: float = 120) -> tuple[int, bytes]:
+        """Make one request on a connection of its own; status 0 when the server closed without an answer."""
+        reader, writer = await self.connect()
+        try:
+            writer.write(head(method, path, body, close=True))
+            data = await asyncio.wait_for(reader.read(-1), seconds)
+        except ConnectionError:
+            data = b""
+        finally:
+            writer.close()
+        return int(data[9:12]) if data.startswith(b"HTTP/1.1 ") else 0, data.partition(b"\r\n\r\n")[2]
+
+    async def complete(self, prompt: Any, tokens: int, **more: Any) -> dict[str, Any]:
+        """Complete a prompt greedily; the answer must be 200."""
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True} | more
+        status, said = await self.ask("POST", "/v1/completions", body)
+        require(status == 200, f"a completion was answered with {status}: {said[:200]!r}")
+        return json.loads(said)
+
+    async def metrics(self) -> dict[str, float]:
+        """Return the sum over labels of each metric, without the prefix."""
+        _, text = await self.ask("GET", "/metrics", seconds=30)
+        found: dict[str, float] = {}
+        for line in text.decode().splitlines():
+            if line.startswith("qwen3:"):
+                name, value = line.split("{")[0].split(" ")[0][6:], line.rsplit(" ", 1)[1]
+                found[name] = found.get(name, 0.0) + float(value)
+        return found
+
+    async def idle(self, seconds: float) -> float:
+        """Wait until nothing runs or waits; return the seconds that took."""
+        began = time.monotonic()
+        while time.monotonic() < began + seconds:
+            now = await self.metrics()
+            if not now["num_requests_running"] + now["num_requests_waiting"]:
+                return time.monotonic() - began
+            await asyncio.sleep(0.1)
+        raise Broken(f"requests are still there after {seconds:.0f} s")
+
+    def files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def resident_mb(self) -> float:
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def children(self) -> list[int]:
+        """Return the processes that it has started."""
+        found = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for file in found for pid in file.read_text().split()]
+
+    async def ended(self, seconds: float) -> tuple[int, float]:
+        """Wait for its end; return the exit code and the seconds."""
+        began = time.monotonic()
+        while self.process.poll() is None:
+            require(time.monotonic() < began + seconds, f"the process is still there after {seconds:.0f} s")
+            await asyncio.sleep(0.05)
+        return self.process.returncode, time.monotonic() - began
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(20)
+
+
+def head(method: str, path: str, body: Any = None, *, close: bool = False) -> bytes:
+    """Write a request."""
+    data = b"" if body is None else json.dumps(body).encode()
+    lines = [f"{method} {path} HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {len(data)}"]
+    return "\r\n".join([*lines, *(["connection: close"] if close else []), "", ""]).encode() + data
+
+
+def stream(tokens: int, prompt: str = "Once upon a time", **more: Any) -> bytes:
+    """Write the request of a stream that goes on for so many tokens."""
+    body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True, **more}
+    return head("POST", "/v1/completions", body, close=True)
+
+
+async def streamed(server: Server, request: bytes, *, seconds: float = 120) -> tuple[str, float]:
+    """Read a stream to its end; return its text and the longest silence."""
+    reader, writer = await server.connect()
+    try:
+        writer.write(request)
+        parts, longest, last = [], 0.0, time.monotonic()
+        while chunk := await asyncio.wait_for(reader.read(1 << 16), seconds):
+            now = time.monotonic()
+            longest, last = max(longest, now - last) if parts else 0.0, now
+            parts.append(chunk)
+        return b"".join(parts).decode(errors="replace"), longest
+    finally:
+        writer.close()
+
+
+def words(rng: random.Random, n: int) -> str:
+    return " ".join(rng.choice(("red", "two", "sky", "why", "the", "and", "of", "a", "sun")) for _ in range(n))
+
+
+# --- The cases --------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The servers that the cases share, started when first needed."""
+
+    def __init__(self, folder: Path, scale: float):
+        self.folder, self.scale = folder, scale
+        self.model = poisoned(folder / "demo")
+        self.cache = folder / "cache"
+        self.servers: list[Server] = []
+        self._main: Server | None = None
+
+    async def start(self, *arguments: str, **options: Any) -> Server:
+        log = self.folder / f"server-{len(self.servers)}.log"
+        sizes = ("--rows", str(ROWS), "--cache-tokens", str(CACHE_TOKENS), "--max-waiting", str(WAITING))
+        cache = () if "--compile-cache" in arguments else ("--compile-cache", str(self.cache))
+        server = Server(self.model, log, "--dtype", "float32", *sizes, *cache, *arguments, **options)
+        self.servers.append(server)
+        await server.ready()
+        return server
+
+    async def main(self) -> Server:
+        if self._main is None or self._main.process.poll() is not None:
+            self._main = await self.start()
+            await self._main.complete("Warm", 4)
+        return self._main
+
+
+async def s1(bench: Bench) -> Figures:
+    """Clients that leave: their requests end and their pages come back."""
+    server = await bench.main()
+    before = await server.metrics()
+
+    async def leave(request: bytes, *, after_s: float, reset: bool) -> None:
+        _, writer = await server.connect()
+        writer.write(request)
+        await asyncio.sleep(after_s)
+        if reset:
+            raw = writer.get_extra_info("socket")
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.close()
+
+    long = {"max_tokens": 3000, "ignore_eos": True}
+    plain = head("POST", "/v1/completions", {"prompt": "Tell", **long})
+    worst = 0.0
+    for several in (
+        [(stream(3000), False)], [(stream(3000), True)], [(plain, True)], [(plain, False)],
+        [(stream(3000), True)] * (ROWS + 24), [(stream(3000), True), (plain, True)] * 40,
+    ):  # fmt: skip
+        await asyncio.gather(*(leave(request, after_s=0.5, reset=reset) for request, reset in several))
+        worst = max(worst, await server.idle(5))
+    after = await server.metrics()
+    drift = after["kv_cache_usage_perc"] - before["kv_cache_usage_perc"]
+    require(abs(drift) <= 0.02, f"KV use went from {before['kv_cache_usage_perc']} by {drift}")
+    await asyncio.sleep(1)
+    later = await server.metrics()
+    require(
+        later["generation_tokens_read_total"] == after["generation_tokens_read_total"], "tokens are still generated"
+    )
+    return {"clients": 4 + ROWS + 24 + 80, "worst_s": worst, "kv_drift": drift}
+
+
+async def s2(bench: Bench) -> Figures:
+    """More context than the cache holds: everything is answered, with the text it has alone."""
+    server = await bench.main()
+    rng = random.Random(2)
+    prompts = [words(rng, 1200) for _ in range(24)]
+    alone = [(await server.complete(p, 24))["choices"][0]["text"] for p in prompts]
+    before = await server.metrics()
+    together = await asyncio.gather(*(server.complete(p, 24, cache_salt=str(i)) for i, p in enumerate(prompts)))
+    same = sum(a == t["choices"][0]["text"] for a, t in zip(alone, together, strict=True))
+    tokens = sum(t["usage"]["prompt_tokens"] for t in together)
+    long = await asyncio.gather(*(server.complete("Go", 900) for _ in range(ROWS)))  # grow past the cache
+    preempted = (await server.metrics())["num_preemptions_total"] - before["num_preemptions_total"]
+    require(same == 24, f"{24 - same} of 24 texts differ from those generated alone")
+    require(len({answer["choices"][0]["text"] for answer in long}) == 1, "equal requests got different texts")
+    require(tokens > CACHE_TOKENS, f"{tokens} tokens fit the cache of {CACHE_TOKENS}")
+    require(preempted > 0, "nothing was preempted")
+    return {"prompt_tokens": tokens, "cache_tokens": CACHE_TOKENS, "preemptions": int(preempted), "equal": same}
+
+
+async def s3(bench: Bench) -> Figures:
+    """400 requests at once: answered or refused, never lost; /health answers throughout."""
+    server = await bench.main()
+    over, worst = asyncio.Event(), 0.0
+
+    async def watch() -> None:
+        nonlocal worst
+        while not over.is_set():
+            began = time.monotonic()
+            status, _ = await server.ask("GET", "/health", seconds=15)
+            worst = max(worst, time.monotonic() - began)
+            require(status == 200, f"/health said {status}")
+            await asyncio.sleep(0.1)
+
+    watching = asyncio.create_task(watch())
+    body = {"prompt": "Count", "max_tokens": 64, "ignore_eos": True}
+    answers = await asyncio.gather(*(server.ask("POST", "/v1/completions", body, seconds=180) for _ in range(400)))
+    over.set()
+    await watching
+    by_status = {status: sum(a[0] == status for a in answers) for status in sorted({a[0] for a in answers})}
+    require(set(by_status) <= {200, 429, 503}, f"statuses {by_status}")
+    require(by_status.get(200, 0) >= WAITING, f"statuses {by_status}")
+    require(all("error" in json.loads(said) for status, said in answers if status != 200), "a refusal without error")
+    require(worst < 10, f"/health took {worst:.1f} s")
+    await server.idle(10)
+    return {"statuses": by_status, "health_worst_s": worst}
+
+
+async def s4(bench: Bench) -> Figures:
+    """SIGTERM under load: drained, or aborted at once when asked to; nothing stays behind."""
+    server = await bench.main()
+    pid = server.process.pid
+    running = [asyncio.create_task(streamed(server, stream(400, temperature=0))) for _ in range(8)]
+    while (await server.metrics())["num_requests_running"] < 8:
+        require(not any(task.done() for task in running), "a stream ended before the signal")
+        await asyncio.sleep(0.02)
+    children = server.children()
+    server.process.send_signal(signal.SIGTERM)
+    await asyncio.sleep(0.5)
+    refused = 0
+    with contextlib.suppress(OSError):
+        refused = (await server.ask("POST", "/v1/completions", {"prompt": "x"}))[0]
+    require(refused in (0, 503), f"new work was answered with {refused}")
+    texts = [text for text, _ in await asyncio.gather(*running)]
+    require(
+        all(text.startswith("HTTP/1.1 200") and text.endswith("data: [DONE]\n\n") for text in texts), "a stream was cut"
+    )
+    require(all('"finish_reason":"length"' in text for text in texts), "a stream was not finished")
+    code, drained_s = await server.ended(30)
+    require(code in (0, 143), f"exit code {code}")
+    left = [child for child in [*children, pid] if Path(f"/proc/{child}").exists()]
+    require(not left, f"processes {left} are still there")
+
+    at_once = await bench.start("--shutdown-timeout", "0")
+    running = [asyncio.create_task(streamed(at_once, stream(3000))) for _ in range(8)]
+    while (await at_once.metrics())["num_requests_running"] < 8:
+        await asyncio.sleep(0.02)
+    at_once.process.send_signal(signal.SIGTERM)
+    code, abort_s = await at_once.ended(4)
+    require(code in (0, 143), f"exit code {code}")
+    for text, _ in await asyncio.gather(*running):
+        require('"finish_reason":"abort"' in text or '"error"' in text, f"a stream ended with {text[-100:]!r}")
+    return {"drained_s": drained_s, "abort_s": abort_s}
+
+
+async def s5(bench: Bench) -> Figures:
+    """An engine that raises, and a killed process: clients hear of it, nothing hangs."""
+    trigger = bench.folder / "raise"
+    trigger.unlink(missing_ok=True)
+    server = await bench.start(trigger=trigger)
+    running = [asyncio.create_task(streamed(server, stream(3000), seconds=20)) for _ in range(4)]
+    plain = asyncio.create_task(server.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 3000}, seconds=20))
+    while (await server.metrics())["num_requests_running"] < 4:
+        await asyncio.sleep(0.02)
+    began = time.monotonic()
+    trigger.touch()
+    texts = [text for text, _ in await asyncio.gather(*running)]
+    told_s = time.monotonic() - began
+    for text in texts:
+        require('"error"' in text and text.endswith("data: [DONE]\n\n"), f"a stream ended with {text[-120:]!r}")
+    status, said = await plain
+    require(status in (500, 503) and "error" in json.loads(said), f"a plain request got {status}")
+    health = 0
+    with contextlib.suppress(OSError):
+        health = (await server.ask("GET", "/health", seconds=5))[0]
+    require(health == 0 or health >= 500, f"/health says {health} with a dead engine")
+    code, _ = await server.ended(20)
+    ended_s = time.monotonic() - began
+    require(code not in (0, 143), f"exit code {code} after a failure")
+
+    killed = await bench.start()
+    running = [asyncio.create_task(streamed(killed, stream(3000), seconds=20)) for _ in range(4)]
+    while (await killed.metrics())["num_requests_running"] < 4:
+        await asyncio.sleep(0.02)
+    killed.process.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    await asyncio.gather(*running, return_exceptions=True)
+    require(time.monotonic() - began < 5, "clients of a killed server hung")
+    await killed.ended(5)
+    return {"told_s": told_s, "ended_s": ended_s, "exit_code": code}
+
+
+async def s6(bench: Bench) -> Figures:
+    """Logits that are not finite: that request fails alone, and what it leaves in the cache hurts nobody."""
+    server = await bench.main()
+    rng = random.Random(6)
+    prompts = [words(rng, 40) for _ in range(8)]
+    calm = [(await server.complete(p, 48))["choices"][0]["text"] for p in prompts]
+    before = await server.metrics()
+    bad = {"prompt": [POISON] * 100, "max_tokens": 8, "temperature": 0}
+    mixed: list[Awaitable[Any]] = [server.complete(p, 48, cache_salt="s6") for p in prompts]
+    mixed[4:4] = [server.ask("POST", "/v1/completions", bad) for _ in range(3)]
+    got = await asyncio.gather(*mixed)
+    refused, texts = got[4:7], [g["choices"][0]["text"] for g in (*got[:4], *got[7:])]
+    require(all(status == 500 for status, _ in refused), f"poisoned requests got {[status for status, _ in refused]}")
+    require(texts == calm, "neighbours of a poisoned request got other texts")
+    # Its pages hold NaN now, and are given to others.
+    later = await asyncio.gather(*(server.complete(p, 48, cache_salt="again") for p in prompts * 3))
+    require([a["choices"][0]["text"] for a in later] == calm * 3, "pages of a poisoned request changed other texts")
+    counted = (await server.metrics())["corrupted_requests_total"] - before["corrupted_requests_total"]
+    require(counted == 3, f"{counted:.0f} corrupted requests were counted, 3 were sent")
+    return {"poisoned": 3, "counted": int(counted), "neighbours_equal": 8 + 24}
+
+
+async def s7(bench: Bench) -> Figures:
+    """No place to write: a compile cache that cannot be, and a disk that is full, are no reason not to serve."""
+    nowhere = await bench.start("--compile-cache", "/proc/nowhere/cache")
+    await nowhere.complete("a", 4)
+    require("no compile cache" in nowhere.log.read_text(errors="replace"), "the missing cache was not reported")
+    nowhere.kill()
+    full = await bench.start("--compile-cache", str(bench.folder / "full"), limit_kib=4)
+    await full.complete("a", 4)
+    sizes = [f.stat().st_size for f in (bench.folder / "full").rglob("*") if f.is_file()]
+    require(max(sizes, default=0) <= 4096, "the disk was not full")
+    full.kill()
+    return {"served_without_cache": True, "served_on_a_full_disk": True}
+
+
+async def s8(bench: Bench) -> Figures:
+    """Mixed requests after the warm-up compile nothing, and streams are never silent for long."""
+    server = await bench.main()
+    before = await server.metrics()
+    rng = random.Random(8)
+    count = max(20, int(1000 * bench.scale))
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99}}, "required": ["a"]}
+    silences: list[float] = []
+    queue = list(range(count))
+
+    async def one(i: int) -> None:
+        body: dict[str, Any] = {"prompt": words(rng, rng.choice((1, 5, 30, 200))), "max_tokens": rng.choice((1, 7, 40))}
+        kind = i % 8
+        body |= [
+            {}, {"temperature": 0}, {"seed": i, "top_p": 0.9, "top_k": 5}, {"logprobs": 3}, {"n": 2},
+            {"presence_penalty": 1.0, "frequency_penalty": 0.5}, {"stop": ["the", "\n\n"], "min_p": 0.1},
+            {"structured_outputs": {"json": schema}, "max_tokens": 60},
+        ][kind]  # fmt: skip
+        if i % 3 == 0:
+            text, silence = await streamed(server, head("POST", "/v1/completions", body | {"stream": True}, close=True))
+            require(text.endswith("data: [DONE]\n\n") and '"error"' not in text, f"a stream ended with {text[-200:]!r}")
+            silences.append(silence)
+        else:
+            status, said = await server.ask("POST", "/v1/completions", body)
+            require(status == 200, f"{body} was answered with {status}: {said[:200]!r}")
+
+    async def worker() -> None:
+        while queue:
+            await one(queue.pop())
+
+    await asyncio.gather(*(worker() for _ in range(12)))
+    after = await server.metrics()
+    compiled = after["compilations_total"] - before["compilations_total"]
+    require(compiled == 0, f"{compiled:.0f} programs were compiled under load")
+    require(max(silences) <= SILENCE_S, f"a stream was silent for {max(silences):.2f} s")
+    return {"requests": count, "compiled": int(compiled), "longest_silence_s": max(silences)}
+
+
+async def s9(bench: Bench) -> Figures:
+    """Slow, idle and senseless clients: others are served, unfinished requests are cut, files come back."""
+    server = await bench.main()
+    await server.idle(10)
+    await asyncio.sleep(1)
+    before = server.files()
+    began = time.monotonic()
+    cut: list[float] = []
+
+    async def held(data: bytes, drip: bytes = b"") -> None:
+        """Send, then a byte at a time, and wait to be cut."""
+        reader, writer = await server.connect()
+        try:
+            writer.write(data)
+            while time.monotonic() < began + 90:
+                if drip:
+                    writer.write(drip)
+                with contextlib.suppress(TimeoutError):
+                    if not await asyncio.wait_for(reader.read(1 << 16), 2):
+                        break
+        except ConnectionError:
+            pass
+        finally:
+            cut.append(time.monotonic() - began)
+            writer.close()
+
+    half = head("POST", "/v1/completions", {"prompt": "x" * 1000})[:-500]
+    rng = random.Random(9)
+    kinds: list[tuple[bytes, bytes]] = [(b"", b"")] * 300
+    kinds += [(b"POST /v1/completions HTTP/1.1\r\n", b"a")] * 100 + [(half, b"x")] * 50 + [(half, b"")] * 50
+    kinds += [(rng.randbytes(500), b"")] * 50 + [(b"GET / HTTP/1.1\r\nh: " + b"a" * 300_000, b"")] * 20
+    kinds += [(b"GET / HTTP/1.1\r\n" + b"".join(b"h%d: 1\r\n" % i for i in range(20_000)), b"")] * 10
+    holding = [asyncio.create_task(held(*kind)) for kind in kinds]
+    worst = 0.0
+    for _ in range(10):
+        at = time.monotonic()
+        await server.complete("Hello", 4)
+        worst = max(worst, time.monotonic() - at)
+        await asyncio.sleep(1)
+    require(worst < 15, f"others waited {worst:.1f} s")
+    await asyncio.gather(*holding)
+    require(max(cut) <= 60, f"an unfinished request was cut after {max(cut):.0f} s")
+    await asyncio.sleep(1)
+    require(server.files() <= before + 20, f"{server.files()} files are open, {before} were")
+    return {
+        "connections": len(kinds),
+        "others_worst_s": worst,
+        "last_cut_s": max(cut),
+        "files": server.files() - before,
+    }
+
+
+async def s10(bench: Bench) -> Figures:
+    """A day in ten minutes: many short requests; neither memory nor files nor times grow."""
+    server = await bench.main()
+    total, until = max(200, int(20_000 * bench.scale)), time.monotonic() + 330
+    times: list[float] = []
+    memory: list[tuple[int, float]] = []
+    files: list[int] = []
+    rng = random.Random(10)
+
+    async def worker() -> None:
+        reader, writer = await server.connect()
+        while len(times) < total and time.monotonic() < until:
+            body = {"prompt": words(rng, 6), "max_tokens": rng.randint(1, 3), "ignore_eos": True}
+            began = time.monotonic()
+            writer.write(head("POST", "/v1/completions", body))
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+            lines = dict(line.lower().split(b": ", 1) for line in answer.split(b"\r\n")[1:-2])
+            said = await asyncio.wait_for(reader.readexactly(int(lines[b"content-length"])), 60)
+            require(answer.startswith(b"HTTP/1.1 200"), f"{answer[:40]!r} {said[:200]!r}")
+            times.append(time.monotonic() - began)
+            if len(times) % 100 == 0:
+                memory.append((len(times), server.resident_mb()))
+                files.append(server.files())
+        writer.close()
+
+    await asyncio.gather(*(worker() for _ in range(8)))
+    done, tenth = len(times), len(times) // 10
+    settled = [(n, mb) for n, mb in memory if n >= done // 4]  # before, caches fill
+    per_1000 = 1000 * slope(settled)
+    first, last = (sorted(part)[int(0.99 * len(part))] for part in (times[tenth : 2 * tenth], times[-tenth:]))
+    figures: Figures = {"requests": done, "mb_per_1000": per_1000, "p99_first_s": first, "p99_last_s": last}
+    figures["files"] = max(files) - min(files)
+    require(done == total or bench.scale == 1, f"{done} of {total} requests in time")
+    require(per_1000 < 1, f"memory grows by {per_1000:.2f} MB per 1000 requests: {figures}")
+    require(max(files) - min(files) <= 16, f"open files went from {min(files)} to {max(files)}")
+    require(last <= 1.2 * first, f"p99 went from {first:.3f} s to {last:.3f} s: {figures}")
+    return figures
+
+
+def slope(points: list[tuple[int, float]]) -> float:
+    """Return the least-squares slope."""
+    n = len(points)
+    x, y = sum(p[0] for p in points) / n, sum(p[1] for p in points) / n
+    spread = sum((p[0] - x) ** 2 for p in points)
+    return sum((p[0] - x) * (p[1] - y) for p in points) / spread if spread else 0.0
+
+
+# In this order they share one server; S4 ends it.
+CASES: dict[str, tuple[Callable[[Bench], Awaitable[Figures]], float]] = {
+    "S6": (s6, 120), "S8": (s8, 240), "S1": (s1, 120), "S3": (s3, 240), "S2": (s2, 240), "S9": (s9, 150),
+    "S10": (s10, 420), "S4": (s4, 240), "S5": (s5, 240), "S7": (s7, 300),
+}  # fmt: skip
+
+
+def poisoned(folder: Path) -> Path:
+    """Copy the embedded checkpoint with NaN in the embedding of `POISON`."""
+    shutil.copytree(DEMO, folder)
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    entry = json.loads(data[8 : 8 + length])["model.embed_tokens.weight"]
+    columns, at = entry["shape"][1], 8 + length + entry["data_offsets"][0]
+    nan = {"BF16": b"\xc0\x7f", "F16": b"\x00\x7e", "F32": b"\x00\x00\xc0\x7f"}[entry["dtype"]]
+    start = at + POISON * columns * len(nan)
+    data[start : start + columns * len(nan)] = nan * columns
+    file.write_bytes(data)
+    return folder
+
+
+def child(trigger: Path, arguments: list[str]) -> int:
+    """Serve with an engine that raises as soon as a file exists."""
+    from qwen3_jax import cli
+    from qwen3_jax.engine.engine import Engine
+
+    turn = Engine._turn
+
+    def faulty(self: Engine) -> None:
+        if trigger.exists():
+            raise RuntimeError("injected")
+        turn(self)
+
+    Engine._turn = faulty
+    return cli.main(arguments)
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="soak-serve-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+async def run(names: list[str], scale: float) -> int:
+    failed = 0
+    with workspace() as folder:
+        bench = Bench(folder, scale)
+        try:
+            for name in names:
+                case, seconds = CASES[name]
+                began = time.monotonic()
+                try:
+                    figures = await asyncio.wait_for(case(bench), seconds + 120)  # and what a server takes to start
+                    said, holds = "  ".join(f"{k}={shown(v)}" for k, v in figures.items()), "holds"
+                except (Broken, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+                    said, holds = f"{type(error).__name__}: {error}", "BROKEN"
+                    failed += 1
+                print(f"{name:4} {holds:7} {time.monotonic() - began:6.1f} s  {said}", flush=True)
+        finally:
+            for server in bench.servers:
+                server.kill()
+    print(f"{len(names) - failed} of {len(names)} hold")
+    return 1 if failed else 0
+
+
+def shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        return child(Path(sys.argv[2]), sys.argv[3:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=sorted(CASES), default=list(CASES), metavar="S1")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of requests in S8 and S10")
+    options = parser.parse_args()
+    return asyncio.run(run([name for name in CASES if name in options.only], options.scale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
