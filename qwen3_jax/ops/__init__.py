@@ -24,9 +24,10 @@ class Ops(NamedTuple):
     axes ("BTD,NHD->BTNH"). The result has x's dtype, or out_dtype, accumulated in float32 at least."""
 
     attend: Callable[..., jax.Array]
-    """(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], segment_ids [B,S] | None, scale, start=0) -> [B,T,N,H]: causal by index,
-    within equal segment ids. Query head n reads kv head n // (N/K). T = S, or q is the part of the queries that begins
-    at index start (int32)."""
+    """(q [B,T,N,H], k [B,S,K,H], v [B,S,K,H], segment_ids [B,S] | None, scale, start=0, *, span=None) -> [B,T,N,H]:
+    causal by index, within equal segment ids. Query head n reads kv head n // (N/K). T = S, or q is the part of the
+    queries that begins at index start (int32). `span` says that this device takes that many queries T at a time: it
+    changes no result, only what a kernel states as its cost."""
 
     init_cache: Callable[..., LayerCache]
     """(batch, capacity, kv_heads, head_dim, dtype) -> one layer's empty cache; its arrays' layout is private."""

@@ -71,6 +71,8 @@ def attend(
     segment_ids: jax.Array | None,
     scale: float,
     start: jax.Array | None = None,
+    *,
+    span: int | None = None,
 ) -> jax.Array:
     """Attend causally within segments, block of queries by block, skipping the keys above the diagonal.
 

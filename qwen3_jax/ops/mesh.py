@@ -125,30 +125,62 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         )
         return sent(x)
 
-    def einsum(spec_: str, x: jax.Array | ring.Pieces, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    def attend_later(
+        q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float
+    ) -> jax.Array | ring.Context:
+        if segment_ids is not None or not on_ring(q.shape):
+            return attend(q, k, v, segment_ids, scale)
+        return ring.Context(q, k, v, scale)
+
+    def o_proj(context: ring.Context, w: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, w: jax.Array) -> jax.Array:
+            length = q.shape[1]
+            before = lax.axis_index(rules["length"]) * length
+
+            def share(first: jax.Array, rows: int) -> jax.Array:
+                part = lax.dynamic_slice_in_dim(q, first, rows, axis=1)
+                return product(ops.attend(part, k, v, None, context.scale, before + first, span=length), w)
+
+            return ring.row(share, length, axis)
+
+        ins = (spec(queries, rules), spec(keys, rules), spec(keys, rules), PartitionSpec(None, axis))
+        island = jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=stream, check_vma=False)
+        return island(context.q, context.k, context.v, w)
+
+    def einsum(
+        spec_: str, x: jax.Array | ring.Pieces | ring.Context, w: jax.Array, out_dtype: jnp.dtype | None = None
+    ) -> jax.Array:
+        def product(x: jax.Array, w: jax.Array) -> jax.Array:
+            return ops.einsum(spec_, x, w, out_dtype)
+
+        if isinstance(x, ring.Context):
+            return o_proj(x, w, product)
         if isinstance(x, ring.Pieces):
             return jax.shard_map(
-                lambda x, w: ring.column(x, lambda part: ops.einsum(spec_, part, w, out_dtype), axis),
+                lambda x, w: ring.column(x, lambda part: product(part, w), axis),
                 mesh=mesh,
                 in_specs=(stream, PartitionSpec(axis)),
                 out_specs=columns,
                 check_vma=False,
             )(x, w)
         if spec_ in ROW_PARALLEL and on_ring(x.shape):
+
+            def local(x: jax.Array, w: jax.Array) -> jax.Array:
+                def share(first: jax.Array, rows: int) -> jax.Array:
+                    return product(lax.dynamic_slice_in_dim(x, first, rows, axis=1), w)
+
+                return ring.row(share, x.shape[1], axis)
+
             return jax.shard_map(
-                lambda x, w: ring.row(x, lambda rows: ops.einsum(spec_, rows, w, out_dtype), axis),
-                mesh=mesh,
-                in_specs=(columns, PartitionSpec(None, axis)),
-                out_specs=stream,
-                check_vma=False,
+                local, mesh=mesh, in_specs=(columns, PartitionSpec(None, axis)), out_specs=stream, check_vma=False
             )(x, w)
-        return ops.einsum(spec_, x, w, out_dtype)
+        return product(x, w)
 
     return ops._replace(
         constrain=constrain,
         spread=spread,
         einsum=einsum,
-        attend=attend,
+        attend=attend_later,
         update_cache=update_cache,
         attend_cache=attend_cache,
         moe=moe,

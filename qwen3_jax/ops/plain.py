@@ -24,6 +24,8 @@ def attend(
     segment_ids: jax.Array | None,
     scale: float,
     start: jax.Array | int = 0,
+    *,
+    span: int | None = None,
 ) -> jax.Array:
     """Attend causally within segments; see `Ops.attend`."""
     T, S = q.shape[1], k.shape[1]

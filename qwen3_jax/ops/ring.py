@@ -4,7 +4,8 @@ In a prefill the residual stream is split along its length over the axis that al
 column-parallel layer (q, k, v, gate, up) needs every device's part of the stream, a row-parallel one (o, down) ends in
 a sum over devices of which each keeps its part. Done as collectives these stand still in front of and behind the
 products. Here both go round the ring in both directions, one neighbour at a time, and each step's transfer runs while
-the matrix unit works on what is already there (the decomposition of Wang et al., ASPLOS 2023).
+the matrix unit works on what is already there (the decomposition of Wang et al., ASPLOS 2023). o_proj is sent for
+longer than it is multiplied: the attention in front of it is done rows by rows between the same sends.
 
 Axis letters: B batch, t the local part of the length, n devices on the ring.
 """
@@ -25,6 +26,15 @@ class Pieces(NamedTuple):
     arrays: tuple[jax.Array, ...]
 
 
+class Context(NamedTuple):
+    """Attention that is still to be done: o_proj asks for it some rows at a time, in the order in which it sends."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    scale: float
+
+
 def _shift(x: jax.Array, axis: str, n: int, by: int) -> jax.Array:
     """Send to the device `by` further round the ring."""
     return lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
@@ -32,23 +42,34 @@ def _shift(x: jax.Array, axis: str, n: int, by: int) -> jax.Array:
 
 def _offsets(n: int, t: int) -> list[tuple[int, int, int]]:
     """List (whose part, first row in it, rows) of each of `gather`'s arrays, relative to the device."""
-    near = [(sign * d, 0, t) for d in range(1, (n + 1) // 2) for sign in (-1, 1)]
-    far = [(n // 2, 0, t // 2), (n // 2, t // 2, t - t // 2)] if n % 2 == 0 else []
+    first, second = (0, t // 2), (t // 2, t - t // 2)
+    near = []
+    for d in range(1, (n + 1) // 2):
+        near += [(-d, *first), (d, *second), (-d, *second), (d, *first)]
+    far = [(n // 2, *first), (n // 2, *second)] if n % 2 == 0 else []
     return [(0, 0, t), *near, *far]
 
 
 def gather(x: jax.Array, axis: str) -> Pieces:
     """Send the own part [B, t, ...] round the ring both ways; the part across an even ring comes half from each side.
 
-    n is at least 2 and t even.
+    Parts travel in halves, first the one that goes furthest: work on what arrives begins after half the time, and the
+    next device can pass the first half on while the second is under way. n is at least 2 and t even.
     """
     n, half = lax.axis_size(axis), x.shape[1] // 2
-    arrays, ahead, behind = [x], x, x
+    arrays, ahead, behind = [x], (x[:, :half], x[:, half:]), (x[:, half:], x[:, :half])
     for _ in range(1, (n + 1) // 2):
-        ahead, behind = _shift(ahead, axis, n, 1), _shift(behind, axis, n, -1)
-        arrays += [ahead, behind]
+        first = _shift(ahead[0], axis, n, 1), _shift(behind[0], axis, n, -1)
+        # A link takes one at a time anyway. Tied to the first halves, the second do not get in front of them.
+        *_, a, b = lax.optimization_barrier((*first, ahead[1], behind[1]))
+        second = _shift(a, axis, n, 1), _shift(b, axis, n, -1)
+        arrays += [*first, *second]
+        ahead, behind = zip(first, second, strict=True)
     if n % 2 == 0:
-        arrays += [_shift(ahead[:, :half], axis, n, 1), _shift(behind[:, half:], axis, n, -1)]
+        a, b = ahead[0], behind[0]
+        if n > 2:
+            *_, a, b = lax.optimization_barrier((*arrays[-2:], a, b))
+        arrays += [_shift(a, axis, n, 1), _shift(b, axis, n, -1)]
     return Pieces(tuple(arrays))
 
 
@@ -64,20 +85,28 @@ def column(pieces: Pieces, product: Product, axis: str) -> jax.Array:
     return out
 
 
-def row(x: jax.Array, product: Product, axis: str) -> jax.Array:
-    """Apply a layer to all rows [B, n·t, ...] of the own columns, sum over devices; returns the own part [B, t, ...].
+def row(share_of: Callable[[jax.Array, int], jax.Array], length: int, axis: str) -> jax.Array:
+    """Sum a layer's results over devices; returns the own part [B, t, ...] of the rows.
 
-    Each device adds its product to a sum that comes round, and passes it on. One half of every part travels each way.
-    The sums are in the product's dtype.
+    Each device adds its share to a sum that comes round, and passes it on. One half of every part travels each way.
+    The sums are in the shares' dtype.
+
+    Args:
+        share_of: (first row, rows) -> [B, rows, ...], what this device's columns make of some of all rows.
+        length: n·t, all rows.
     """
-    n, me, half = lax.axis_size(axis), lax.axis_index(axis), x.shape[1] // lax.axis_size(axis) // 2
+    n, me, half = lax.axis_size(axis), lax.axis_index(axis), length // lax.axis_size(axis) // 2
 
-    def share(whose: jax.Array, first: int) -> jax.Array:
-        start = lax.rem(whose + 2 * n, n) * 2 * half + first
-        return product(lax.dynamic_slice_in_dim(x, start, half, axis=1))
+    def share(me: jax.Array, whose: int, first: int) -> jax.Array:
+        return share_of(lax.rem(me + whose + 2 * n, n) * 2 * half + first, half)
 
-    ahead, behind = share(me - 1, 0), share(me + 1, half)
+    ahead, behind = share(me, -1, 0), share(me, 1, half)
     for step in range(1, n):
-        ahead = _shift(ahead, axis, n, 1) + share(me - 1 - step, 0)
-        behind = _shift(behind, axis, n, -1) + share(me + 1 + step, half)
+        # The next shares are worked on from here until the sums have come, neither earlier nor, fused into the
+        # addition, later: that is what hides the sending.
+        ahead, behind, me = lax.optimization_barrier((ahead, behind, me))
+        arriving = _shift(ahead, axis, n, 1), _shift(behind, axis, n, -1)
+        own = share(me, -1 - step, 0), share(me, 1 + step, half)
+        *arrived, a, b = lax.optimization_barrier((*arriving, *own))
+        ahead, behind = arrived[0] + a, arrived[1] + b
     return jnp.concatenate([ahead, behind], axis=1)

@@ -148,12 +148,13 @@ def attend(
     scale: float,
     start: jax.Array | int = 0,
     *,
+    span: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attend causally within segments; see `Ops.attend`. Packed rows and odd lengths take the plain formulation."""
     if segment_ids is not None or q.shape[1] % 128 or k.shape[1] % 128:
         return plain.attend(q, k, v, segment_ids, scale, start)
-    return flash(q, k, v, scale, start, interpret=interpret)
+    return flash(q, k, v, scale, start, span=span, interpret=interpret)
 
 
 def flash(
@@ -163,13 +164,15 @@ def flash(
     scale: float,
     start: jax.Array | int,
     *,
+    span: int | None = None,
     block: int = 512,
     interpret: bool = False,
 ) -> jax.Array:
     """Attend causally, block by block, with a running softmax (arXiv 2205.14135).
 
     The query heads that share a key head are multiplied together, as rows of one product. T and S must be multiples of
-    128. The cost estimate is that of the last T of the S queries, the dearest ones.
+    128. The cost estimate is that of the last T of the S queries, the dearest ones; with a span, the mean over the
+    parts of the last so many.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1], k.shape[2]
@@ -183,7 +186,8 @@ def flash(
         """The last block of keys that block i of the queries sees."""
         return lax.div(jnp.int32(start + (i + 1) * rows - 1), jnp.int32(columns))
 
-    visited = sum((S - T + (i + 1) * rows - 1) // columns + 1 for i in range(T // rows))
+    span = T if span is None else span
+    visited = sum((S - span + (i + 1) * rows - 1) // columns + 1 for i in range(span // rows)) * T // span
     query_spec = pl.BlockSpec((1, 1, G, rows, H), lambda b, h, i, j, start: (b, h, 0, i, 0))
     # A block that is not visited is not fetched: the same index again moves nothing.
     key_spec = pl.BlockSpec((1, 1, columns, H), lambda b, h, i, j, start: (b, h, jnp.minimum(j, last(i, start[0])), 0))
