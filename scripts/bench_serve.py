@@ -341,6 +341,7 @@ class Bench:
                     found[target.name].append(asyncio.run(closed_loop(target, some, clients)))
             closed = {name: sums(traces) for name, traces in found.items()}
             self.results[f"closed loop, {shape}"] = closed
+            self.save()
             per_s = 0.7 * closed["batch"]["tokens_per_s"] / tokens
             some = jobs(ROWS if quick else 4 * ROWS, **lengths, tokens=tokens, seed=50)
             arriving = {}
@@ -446,8 +447,12 @@ class Bench:
         for name, part in parts.items():
             if name in self.args.only:
                 part()
-                data = vars(self.args) | {"threads": THREADS, "rows": ROWS, "results": self.results}
-                Path(self.args.out).write_text(json.dumps(data, indent=1, default=str) + "\n")
+                self.save()
+
+    def save(self) -> None:
+        """Write what there is so far."""
+        data = vars(self.args) | {"threads": THREADS, "rows": ROWS, "results": self.results}
+        Path(self.args.out).write_text(json.dumps(data, indent=1, default=str) + "\n")
 
 
 def speak(folder: Path) -> None:
