@@ -1,11 +1,14 @@
 """Write what the demo model needs before it is trained: tokenizer, chat template, config.json, generation_config.json.
 
-    python scripts/demo_tokenizer.py CORPUS OUT        # CORPUS as scripts/demo_corpus.py writes it
+    python scripts/demo_tokenizer.py [--kind moe] CORPUS OUT        # CORPUS as scripts/demo_corpus.py writes it
+
+The mixture of experts has the dense model's active size: two of eight experts, each half as wide as its feed-forward.
 
 The tokenizer is Qwen's pipeline (NFC, its split rule with single digits, byte-level BPE) and its 26 added tokens; only
 the merges are trained here: on the start of every corpus file, the stop text and demo/corpus.txt.
 """
 
+import argparse
 import itertools
 import json
 import sys
@@ -33,6 +36,18 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
+}
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": SHAPE["intermediate_size"] // 2,
+    "norm_topk_prob": True,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
 }
 
 # Qwen3's added tokens in id order; decoding drops the special ones and keeps the plain ones.
@@ -133,7 +148,7 @@ def model_config(endoftext: int, im_end: int) -> dict[str, Any]:
     }
 
 
-def write(corpus: Path, folder: Path) -> None:
+def write(corpus: Path, folder: Path, kind: str) -> None:
     """Write the four files."""
     spec, settings = tokenizer_files(corpus)
     ids = {t["content"]: t["id"] for t in spec["added_tokens"]}
@@ -149,7 +164,7 @@ def write(corpus: Path, folder: Path) -> None:
         "transformers_version": "4.51.0",
     }
     files = {
-        "config.json": model_config(endoftext, im_end),
+        "config.json": model_config(endoftext, im_end) | (EXPERTS if kind == "moe" else {}),
         "generation_config.json": generation,
         "tokenizer.json": spec,
         "tokenizer_config.json": settings,
@@ -161,4 +176,9 @@ def write(corpus: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description="Write the demo model's tokenizer and configuration.")
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", choices=("dense", "moe"), default="dense")
+    arguments = parser.parse_args()
+    write(arguments.corpus, arguments.out, arguments.kind)

@@ -2,18 +2,34 @@
 # Train the demo model from nothing: corpora, tokenizer, three stages, export, evaluation. About two hours on two quiet
 # cores; killed and started again, it goes on where it was. Everything but the result lies in runs/demo.
 #
-#   scripts/make_demo.sh [OUT]          # default: runs/demo/folder; the shipped one is qwen3_jax/demo
+#   scripts/make_demo.sh [OUT [moe]]    # default: the dense model into runs/demo/dense/folder
+#
+# The shipped folder is qwen3_jax/demo. `moe` trains the mixture of experts of the same active size, for comparison.
 set -eu
 cd "$(dirname "$0")/.."
-out=${1:-runs/demo/folder}
+kind=${2:-dense}
+root=runs/demo/$kind
+out=${1:-$root/folder}
 python=${PYTHON:-.venv/bin/python}
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
-mkdir -p runs/demo
-[ -d runs/demo/corpus ] || { "$python" scripts/demo_corpus.py runs/demo/corpus.partial && mv runs/demo/corpus.partial runs/demo/corpus; }
-[ -d runs/demo/start ] || { "$python" scripts/demo_tokenizer.py runs/demo/corpus runs/demo/start.partial && mv runs/demo/start.partial runs/demo/start; }
+# once FILE COMMAND …: run the command, whose last argument is FILE.partial, unless FILE is there; whole or not at all.
+once() {
+    target=$1
+    shift
+    [ -e "$target" ] || { rm -rf "$target.partial" && "$@" && mv "$target.partial" "$target"; }
+}
+
+mkdir -p "$root"
+once runs/demo/corpus "$python" scripts/demo_corpus.py runs/demo/corpus.partial
+once "$root/start" "$python" scripts/demo_tokenizer.py --kind "$kind" runs/demo/corpus "$root/start.partial"
+weights=--model.config=$root/start
+balance=
+[ "$kind" = dense ] || balance=--objective.balance_loss=0.001
 for stage in 1-pretrain 2-think 3-fusion; do
-    [ -d "runs/demo/$stage/model" ] || "$python" -m qwen3_jax.cli train "configs/train/demo-$stage.toml"
+    # A finished run is found finished; a killed one goes on from its last checkpoint.
+    "$python" -m qwen3_jax.cli train "configs/train/demo-$stage.toml" "--run.folder=$root/$stage" "$weights" $balance
+    weights=--model.weights=$root/$stage/model
 done
-"$python" scripts/demo_folder.py runs/demo/3-fusion/model runs/demo/start "$out"
-"$python" -m qwen3_jax.cli eval "$out" --output runs/demo/eval
+once "$out" "$python" scripts/demo_folder.py "$root/3-fusion/model" "$root/start" "$out.partial"
+"$python" -m qwen3_jax.cli eval "$out" --output "$root/eval"
