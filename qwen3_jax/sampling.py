@@ -232,7 +232,9 @@ def _first(x: jax.Array, best: jax.Array) -> jax.Array:
 def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """Return the k largest of x [B, V], descending, and their indices."""
     # The barrier keeps XLA from fusing later slices into it, after which it would sort the vocabulary: 60 times slower.
-    return jax.lax.optimization_barrier(tuple(jax.lax.top_k(x, min(k, x.shape[-1]))))
+    # One barrier each: XLA passes the pair on as a whole otherwise, and fails to compile it on a mesh (jaxlib 0.10.2).
+    values, ids = jax.lax.top_k(x, min(k, x.shape[-1]))
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(ids)
 
 
 def _edit(x: jax.Array, rows: Rows, index: jax.Array, history: History) -> jax.Array:

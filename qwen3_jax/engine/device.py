@@ -58,7 +58,7 @@ class Device:
             -1 if tags is None else tags.close_id,
         )
         self.model = model
-        self.options = options
+        self.options = options = options.on(platform)
         self.observer = observer
         self.tokens = model.tokenizer.vocab_size
         self.samplers = samplers(tokens=self.tokens)
@@ -66,7 +66,7 @@ class Device:
         self.buckets = _buckets(options)
         self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._programs: dict[tuple[Any, ...], Any] = {}
-        self._functions = Programs(self.steps, options.decode_tokens, options.chunk_tokens)
+        self._functions = Programs(self.steps, options.decode_tokens, options.chunk)
         empty = lambda pages: ops.init_cache(  # noqa: E731
             pages, options.page_tokens, config.num_key_value_heads, config.head_dim, self.steps.dtype
         )
@@ -74,7 +74,7 @@ class Device:
         layers = config.num_hidden_layers
         self.page_bytes = layers * sum(math.prod(a.shape) * a.dtype.itemsize for a in page.values())
         self.pages = _pages(options, config.max_position_embeddings, self.page_bytes)
-        chunk_pages = -(-options.chunk_tokens // options.page_tokens)
+        chunk_pages = -(-options.chunk // options.page_tokens)
         longest = min(-(-config.max_position_embeddings // options.page_tokens), self.pages)
         self.columns = longest + chunk_pages  # the padding of a last chunk writes behind it, to the scratch page
         self._cache_at: Any = None
@@ -83,30 +83,31 @@ class Device:
             self._cache_at = [{name: NamedSharding(mesh, spec(axes[name], model.rules)) for name in axes}] * layers
         self._cache = jax.jit(lambda: [empty(self.pages) for _ in range(layers)], out_shardings=self._cache_at)()
         self._state, self._rows, self._edits = self._empty()
+        self._hidden = self._last = self._logits = None  # of the last `prefill` and `forward`
 
-    # What is dispatched
+    # What is dispatched: host values in, so that other processes can be told to do the same
 
-    def prefill(self, table: np.ndarray, tokens: np.ndarray, start: int) -> tuple[jax.Array, jax.Array]:
+    def prefill(self, table: np.ndarray, tokens: np.ndarray, start: int) -> None:
         """Run one sequence's next tokens [n], n at most the chunk; its table [columns]. See `Programs.prefill`."""
         length = len(tokens)
         bucket = next(size for size in self.buckets if size >= length)
         padded = np.zeros((1, bucket), np.int32)
         padded[0, :length] = tokens
         at, count = np.array([start], np.int32), np.array([length], np.int32)
-        self._cache, hidden, last = self._call(
+        self._cache, self._hidden, self._last = self._call(
             "prefill", (self.model.params, self._cache, table[None], padded, at, count), donate=(1,), key=bucket
         )
-        return hidden, last
 
-    def score(self, hidden: jax.Array, targets: np.ndarray) -> Emitted:
-        """Return log-probabilities of the tokens that follow a chunk's hidden [T, D], padded to T."""
-        padded = np.zeros(hidden.shape[0], np.int32)
+    def score(self, targets: np.ndarray) -> Emitted:
+        """Return log-probabilities of the tokens that follow those of the last `prefill`, padded to the chunk."""
+        padded = np.zeros(self.options.chunk, np.int32)
         padded[: len(targets)] = targets
-        return self._call("score", (self.model.params, hidden, padded), key=(), sampler=self.samplers["all"])
+        args = (self.model.params, self._hidden, padded)
+        return self._call("score", args, key=(), sampler=self.samplers["all"])
 
-    def join(self, row: int, last: jax.Array, seat: Seat, name: str) -> Emitted:
-        """Draw a sequence's next token and give it a row; `name` of the sampler is "whole" or "all"."""
-        args = (self.model.params, last, self._state, self._rows, self._edits_of(name), np.int32(row), seat)
+    def join(self, row: int, seat: Seat, name: str) -> Emitted:
+        """Draw the next token after the last `prefill` and give the sequence a row; `name` is "whole" or "all"."""
+        args = (self.model.params, self._last, self._state, self._rows, self._edits_of(name), np.int32(row), seat)
         self._state, self._rows, edits, out = self._call(
             "join", args, donate=(2, 3, 4), key=name, sampler=self.samplers[name]
         )
@@ -126,17 +127,14 @@ class Device:
         self._edits = edits or self._edits
         return out
 
-    def forward(self, table: np.ndarray, active: np.ndarray) -> jax.Array:
-        """Run the last token of every active row; returns the logits [B, V] for `draw`."""
+    def forward(self, table: np.ndarray, active: np.ndarray) -> None:
+        """Run the last token of every active row, for `draw`."""
         args = (self.model.params, self._cache, self._state, table, active)
-        self._cache, logits = self._call("forward", args, donate=(1,), key=())
-        return logits
+        self._cache, self._logits = self._call("forward", args, donate=(1,), key=())
 
-    def draw(
-        self, logits: jax.Array, active: np.ndarray, known: np.ndarray, answers: np.ndarray, allowed: np.ndarray
-    ) -> Emitted:
-        """Draw one token per active row; known, answers [B], allowed [B, W]."""
-        args = (logits, self._state, self._edits, self._rows, active, known, answers, allowed)
+    def draw(self, active: np.ndarray, known: np.ndarray, answers: np.ndarray, allowed: np.ndarray) -> Emitted:
+        """Draw one token per active row after `forward`; known, answers [B], allowed [B, W]."""
+        args = (self._logits, self._state, self._edits, self._rows, active, known, answers, allowed)
         self._state, self._edits, out = self._call("draw", args, donate=(1, 2), key=(), sampler=self.samplers["all"])
         return out
 
@@ -148,22 +146,19 @@ class Device:
         nobody, table = np.zeros(B, np.bool_), np.full((B, self.columns), self.pages, np.int32)
         known = np.full((self.options.decode_tokens, B), -1, np.int32)
         tell = progress or (lambda text: None)
-        hidden = last = None
         for bucket in self.buckets:
             tell(f"prefill of {bucket} tokens")
-            hidden, last = self.prefill(table[0], np.zeros(bucket, np.int32), 0)
-        assert hidden is not None
-        assert last is not None
-        self.score(hidden, np.zeros(1, np.int32))
+            self.prefill(table[0], np.zeros(bucket, np.int32), 0)
+        self.score(np.zeros(1, np.int32))
         for name in ("whole", "all"):
             tell(f"first token, {name}")
-            self.join(0, last, self._dummy_seat(name), name)
+            self.join(0, self._dummy_seat(name), name)
         for name in DECODES:
             tell(f"decode of {B} rows, {name}")
             self.decode(table, nobody, 1, known, name)
         tell("decode under grammars")
-        logits = self.forward(table, nobody)
-        self.draw(logits, nobody, known[0], nobody, np.zeros((B, -(-V // 32)), np.uint32))
+        self.forward(table, nobody)
+        self.draw(nobody, known[0], nobody, np.zeros((B, -(-V // 32)), np.uint32))
         jax.block_until_ready(self._state)
         self._state, self._rows, self._edits = self._empty()
 
@@ -172,24 +167,20 @@ class Device:
         jax.block_until_ready((self._cache, self._state))
 
     def _call(self, name: str, args: tuple[Any, ...], *, key: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
-        args = jax.tree.map(self._given, args)
         program = self._programs.get((name, key))
         if program is None:
             began = time.perf_counter()
             function = functools.partial(getattr(self._functions, name), **static)
-            outs = None if self._everywhere is None else self._out_shardings(name)
-            lowered = jax.jit(function, donate_argnums=donate, out_shardings=outs).lower(*args)
-            program = self._programs[name, key] = lowered.compile()
+            where: dict[str, Any] = {}
+            if (whole := self._everywhere) is not None:  # what comes from the host goes everywhere
+                ins = jax.tree.map(lambda a: a.sharding if isinstance(a, jax.Array) else whole, args)
+                where = {"in_shardings": ins, "out_shardings": self._out_shardings(name)}
+            program = jax.jit(function, donate_argnums=donate, **where).lower(*args).compile()
+            self._programs[name, key] = program
             spent = time.perf_counter() - began
             self.compiles, self.compile_s = self.compiles + 1, self.compile_s + spent
             self.observer.compiled(f"{name} {key}" if key else name, spent)
         return program(*args)
-
-    def _given(self, array: Any) -> Any:
-        """Put what comes from the host everywhere, on a mesh; one device takes numpy as it is."""
-        if self._everywhere is None or isinstance(array, jax.Array):
-            return array
-        return jax.device_put(array, self._everywhere)
 
     def _out_shardings(self, name: str) -> Any:
         whole = self._everywhere
@@ -209,7 +200,13 @@ class Device:
 
     def _empty(self) -> tuple[State, dict[str, jax.Array], dict[str, jax.Array]]:
         B, V = self.options.rows, self.model.config.vocab_size
-        put = functools.partial(jax.device_put, device=self._everywhere)
+        whole = self._everywhere
+
+        def put(array: np.ndarray) -> jax.Array:
+            if whole is None:
+                return jax.device_put(array)
+            return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
+
         zeros = lambda shape, dtype: put(np.zeros(shape, dtype))  # noqa: E731
         state = State(
             token=zeros(B, np.int32),
@@ -231,7 +228,7 @@ class Device:
 
 def _buckets(options: EngineOptions) -> list[int]:
     """Return the chunk shapes, ascending: the whole chunk, and quarters of it down to a page."""
-    sizes = [options.chunk_tokens]
+    sizes = [options.chunk]
     while sizes[-1] // 4 >= options.page_tokens:
         sizes.append(-(-sizes[-1] // 4 // options.page_tokens) * options.page_tokens)
     return sizes[::-1]

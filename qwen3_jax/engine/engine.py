@@ -68,16 +68,16 @@ class Engine:
             EngineOptionError: no room for the cache.
         """
         self.model = model
-        self.options = options = EngineOptions() if options is None else options
         self.observer = Observer() if observer is None else observer
         self.requests = Requests(model.config, model.tokenizer)
         self.failure: BaseException | None = None
-        self.device = Device(model, options, self.observer)
+        self.device = Device(model, EngineOptions() if options is None else options, self.observer)
+        self.options = options = self.device.options
         self._scheduler = Scheduler(
             rows=options.rows,
             pages=self.device.pages,
             page_tokens=options.page_tokens,
-            chunk_tokens=options.chunk_tokens,
+            chunk_tokens=options.chunk,
             decode_tokens=options.decode_tokens,
             prefix_cache=options.prefix_cache,
             deterministic=options.deterministic,
@@ -380,11 +380,11 @@ class Engine:
     def _dispatch_chunk(self, chunk: Chunk, flight: _Flight) -> None:
         job, row, device = self._jobs[chunk.sequence.id], self._row(chunk), self.device
         ids = job.ids(chunk.start, chunk.start + chunk.length)
-        hidden, last = device.prefill(self._tables[row].copy(), ids, chunk.start)
+        device.prefill(self._tables[row].copy(), ids, chunk.start)
         prompt = job.request.prompt
         if job.prompt_logprobs is not None and chunk.start < len(prompt) - 1:
             targets = np.asarray(prompt[chunk.start + 1 : chunk.start + chunk.length + 1], np.int32)
-            flight.scores.append((job, chunk.start + 1, len(targets), device.score(hidden, targets)))
+            flight.scores.append((job, chunk.start + 1, len(targets), device.score(targets)))
         if not chunk.draws:
             return
         allowed = job.mask() if chunk.new else None
@@ -395,7 +395,7 @@ class Engine:
             target=chunk.start + chunk.length, index=chunk.first, known=known,
             sampler=device.samplers[name], allowed=allowed,
         )  # fmt: skip
-        out = device.join(row, last, taken, name)
+        out = device.join(row, taken, name)
         flight.entries.append((job, chunk, 0, out))
         flight.stepwise |= job.sequence.stepwise and chunk.new > 0
 
@@ -412,14 +412,14 @@ class Engine:
         tables = self._tables.copy()
         under_grammar = [(job, row) for job, e, row in zip(jobs, plan.decode, rows, strict=True) if e.new and job.bound]
         if under_grammar:
-            logits = device.forward(tables, active)
+            device.forward(tables, active)
             allowed = np.full((options.rows, -(-self.model.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
             answers = np.zeros(options.rows, np.bool_)
             for job, row in under_grammar:  # while the device runs the network
                 mask = job.mask()
                 if mask is not None:
                     allowed[row], answers[row] = mask, job.answering
-            out = device.draw(logits, active, known[0], answers, allowed)
+            out = device.draw(active, known[0], answers, allowed)
         else:
             out = device.decode(tables, active, plan.decode_tokens, known, name)
         for job, entry, row in zip(jobs, plan.decode, rows, strict=True):

@@ -1,8 +1,9 @@
 """How an engine is set up: rows, pages and the sizes of its steps. Pure Python, no JAX import."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 CACHE_CONTEXT = 4096  # positions per row that the cache has room for unless told otherwise
+CHUNK_TOKENS = {"cpu": 64}
 
 
 class EngineOptionError(ValueError):
@@ -17,7 +18,8 @@ class EngineOptions:
         rows: most sequences decoded together. There is one decode program, of this many rows.
         page_tokens: positions per page of the KV cache, the unit of allocation and of prefix sharing.
         cache_tokens: positions that all pages hold together; None is rows * min(context, 4096).
-        chunk_tokens: most prompt tokens per prefill call, a multiple of page_tokens.
+        chunk_tokens: most prompt tokens per prefill call, a multiple of page_tokens; None is 64 on a CPU, where a
+            longer call would hold decoding up, and 512 elsewhere.
         decode_tokens: most tokens per row and call when nobody waits.
         max_waiting: most requests in the queue; more are refused.
         max_waiting_tokens: most prompt tokens in the queue; None is unlimited.
@@ -32,7 +34,7 @@ class EngineOptions:
     rows: int = 16
     page_tokens: int = 16
     cache_tokens: int | None = None
-    chunk_tokens: int = 256
+    chunk_tokens: int | None = None
     decode_tokens: int = 8
     max_waiting: int = 256
     max_waiting_tokens: int | None = None
@@ -49,7 +51,7 @@ class EngineOptions:
                 continue
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise EngineOptionError(f"{field.name} is {value!r}: must be a positive integer")
-        if self.chunk_tokens % self.page_tokens:
+        if self.chunk_tokens is not None and self.chunk_tokens % self.page_tokens:
             raise EngineOptionError(
                 f"chunk_tokens is {self.chunk_tokens}, page_tokens {self.page_tokens}: chunk_tokens must be a multiple"
             )
@@ -57,6 +59,19 @@ class EngineOptions:
             raise EngineOptionError(
                 f"cache_tokens is {self.cache_tokens}: must be at least two pages, {2 * self.page_tokens}"
             )
+
+    def on(self, platform: str) -> "EngineOptions":
+        """Return the options with what depends on the platform ("cpu", "tpu", "gpu") filled in."""
+        if self.chunk_tokens is not None:
+            return self
+        chunk = CHUNK_TOKENS.get(platform, 512)
+        return replace(self, chunk_tokens=-(-chunk // self.page_tokens) * self.page_tokens)
+
+    @property
+    def chunk(self) -> int:
+        """chunk_tokens, of options that are filled in."""
+        assert self.chunk_tokens is not None
+        return self.chunk_tokens
 
     def pages(self, context: int) -> int:
         """Return the number of pages for a model of `context` positions."""

@@ -33,7 +33,7 @@ from qwen3_jax.steps import Emitted, State, Steps, advance
 
 STOP_IDS = 32  # most ids that end one row on the device
 DECODES = ("greedy", "bounded", "all")  # from the cheapest on; each does what those before it do
-SCORED = 32  # tokens whose log-probabilities are computed at a time: [SCORED, V] float32
+SCORED = 128  # tokens whose log-probabilities are computed at a time: [SCORED, V] float32
 
 Edits = dict[str, jax.Array]  # "bias" [B, V] float32, and `sampling.History`; empty in programs that do without
 Seat = dict[str, np.ndarray]  # what one sequence brings along, each with a leading axis of 1
@@ -64,16 +64,11 @@ class Programs:
     def score(self, params: Params, hidden: jax.Array, targets: jax.Array, *, sampler: Sampler) -> Emitted:
         """Return the log-probabilities of targets [T] after hidden [T, D]; see `sampling.logprobs`."""
         model = nnx.merge(self.steps.graphdef, params)
-        size = min(SCORED, hidden.shape[0])
-        padding = -hidden.shape[0] % size
-        hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
-
-        def part(inputs: tuple[jax.Array, jax.Array]) -> Emitted:
-            some, wanted = inputs
-            return sampling.logprobs(sampler, model.logits(some[None])[0], wanted)
-
-        parts = lax.map(part, (hidden.reshape(-1, size, hidden.shape[1]), targets.reshape(-1, size)))
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+        parts = []
+        for at in range(0, hidden.shape[0], SCORED):
+            logits = model.logits(hidden[None, at : at + SCORED])[0]
+            parts.append(sampling.logprobs(sampler, logits, targets[at : at + SCORED]))
+        return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
 
     def join(
         self,
