@@ -587,29 +587,24 @@ def t9(lab: Lab) -> str:
 def t10(lab: Lab) -> str:
     """A step and a loader that hang: stacks are written, the process ends within the timeout and 10 s, with 124."""
     lab.reference()  # programs are in the compile cache
-    timeout_s = 20.0
-    runs = {
-        name: lab.run(name).start(fault=f"{name} {after} {timeout_s}")
-        for name, after in (("hang_step", 6), ("hang_loader", 40))
-    }
-    told = []
-    for name, run in runs.items():
+    timeout_s, told = 20.0, []
+    for name, after, function in (
+        ("hang_step", 6, "a_step_that_hangs"),
+        ("hang_loader", 40, "a_loader_that_hangs"),
+    ):
+        run = lab.run(name).start(fault=f"{name} {after} {timeout_s}")
         run.until(lambda run=run: bool(run.metrics()))
-        quiet = time.monotonic()
-        made = -1
+        made, quiet = 0, time.monotonic()
         while run.process.exitcode is None:
             if len(run.metrics()) != made:
                 made, quiet = len(run.metrics()), time.monotonic()
             require(time.monotonic() - quiet < timeout_s + 10, f"{name}: still there")
             time.sleep(0.05)
-        took = time.monotonic() - quiet
+        told.append(f"{name} {time.monotonic() - quiet:.1f} s")
         require(run.wait() == 124, f"{name}: exit {run.process.exitcode}: {run.log()}")
-        stacks = (run.folder / "stacks.txt").read_text()
-        function = {"hang_step": "a_step_that_hangs", "hang_loader": "a_loader_that_hangs"}[name]
-        require(f"in {function}" in stacks, f"{name}: the stacks do not show it")
+        require(f"in {function}" in (run.folder / "stacks.txt").read_text(), f"{name}: the stacks do not show it")
         require(run.start().wait() == 0, run.log())
         run.require_equal(lab.reference(), STEPS)
-        told.append(f"{name} {took:.1f} s")
     return f"exit 124 after {' and '.join(told)} with a timeout of {timeout_s:g} s, stacks written, resumed bit-equal"
 
 
@@ -642,7 +637,7 @@ CASES = {f"T{i}": case for i, case in enumerate((t1, t2, t3, t4, t5, t6, t7, t8,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", action="append", choices=CASES, help="a case; repeatable")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of trials")
     parser.add_argument("--folder", type=Path, help="keep everything here")

@@ -4,7 +4,6 @@ import json
 import random
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -136,9 +135,9 @@ def marked(source: str) -> str:
     )  # fmt: skip
 
 
-@each_folder
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_what_is_learned_of_a_conversation_is_what_transformers_marks(folder, name):
+def test_what_is_learned_of_a_conversation_is_what_transformers_marks(name):
+    folder = DEMO
     messages, tools = CONVERSATIONS[name], TOOLS if name == "tools" else None
     truth = theirs(folder).apply_chat_template(
         messages, tools=tools, chat_template=marked(theirs(folder).chat_template), tokenize=True, return_dict=True,
@@ -258,9 +257,8 @@ def test_packing_is_no_worse_than_grains(tmp_path):
     assert len(batches) <= theirs_rows
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-def test_the_packed_loss_is_the_unpacked_loss(tmp_path, moe):
-    folder, _ = tiny.save(tmp_path / "model", moe=moe)
+def test_the_packed_loss_is_the_unpacked_loss(tmp_path):
+    folder, _ = tiny.save(tmp_path / "model")
     network = Network(folder)
     path = numbered(tmp_path / "a.jsonl", 30)
     [batch, *_] = loader(DataConfig((Source("a", path),), epochs=1), batch=2)
@@ -558,13 +556,10 @@ def test_reading_does_not_load_the_file(tmp_path):
     assert held < 1 << 20
 
 
-def test_sources_are_found_in_the_demo(tmp_path):
-    """Conversations through the demo's tokenizer and template: time goes to rendering, not to bookkeeping."""
+def test_only_the_last_turn_is_learned_if_so_asked(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": CONVERSATIONS["turns"]}] * 8)
     config = DataConfig((Source("a", path, turns="last"),), epochs=1)
-    started = time.perf_counter()
-    [batch] = Loader(config, ours(DEMO), template(DEMO), batch=1, length=4096, seed=0)
-    assert time.perf_counter() > started
+    [batch] = Loader(config, ours(), template(), batch=1, length=4096, seed=0)
     assert len(batch.ids[0]) == 8
     learned = batch.arrays["targets"][batch.arrays["weights"] > 0]
     assert ours().decode(learned[: len(learned) // 8]) == "<think>\nkept\n</think>\n\n3<|im_end|>"
