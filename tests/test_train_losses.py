@@ -31,7 +31,8 @@ def test_cross_entropy_and_its_gradients_equal_torch(chunk, z):
     total.backward()
 
     def loss(hidden, head):
-        total, sums = losses.cross_entropy(OPS, hidden, head, targets, weights, chunk=chunk, z_loss=z)
+        given = jnp.asarray(targets), jnp.asarray(weights)
+        total, sums = losses.cross_entropy(OPS, hidden, head, *given, chunk=chunk, z_loss=z)
         return 3 * total, sums
 
     (ours, sums), slopes = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
@@ -40,8 +41,9 @@ def test_cross_entropy_and_its_gradients_equal_torch(chunk, z):
     right = (logits.argmax(-1).numpy() == targets) * weights
     assert float(sums.correct) == pytest.approx(right.sum(), rel=1e-6)
     assert float(jax.jit(loss)(hidden, head)[0]) == pytest.approx(total.item(), rel=1e-6)
-    for mine, theirs in zip(slopes, (h.grad, w.grad), strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * theirs.abs().max().item())
+    for mine, tensor in zip(slopes, (h, w), strict=True):
+        theirs = np.asarray(tensor.grad)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 
 
 def test_whole_logits_never_exist():
@@ -54,7 +56,9 @@ def test_whole_logits_never_exist():
         def loss(hidden, head, targets, weights):
             return losses.cross_entropy(OPS, hidden, head, targets, weights, chunk=chunk, z_loss=1e-4)[0]
 
-        return jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, weights).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes, weights).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     logits = 4 * B * T * V
     assert temporary_bytes(T) >= logits
@@ -90,12 +94,12 @@ class Toy:
 @pytest.mark.parametrize(
     ("balance", "groups", "micro_batches", "mesh", "expected"),
     [
-        ("micro", 2, 1, None, 2.8),
-        ("global", 1, 1, None, 1.6),
+        pytest.param("micro", 2, 1, None, 2.8, marks=pytest.mark.slow),
+        pytest.param("global", 1, 1, None, 1.6, marks=pytest.mark.slow),
         ("micro", 1, 2, None, 2.8),
         ("global", 1, 2, None, 1.6),
-        ("micro", 2, 1, {"data": 2, "fsdp": 4}, 2.8),
-        ("global", 1, 1, {"data": 2, "fsdp": 4}, 1.6),
+        pytest.param("micro", 2, 1, {"data": 2, "fsdp": 4}, 2.8, marks=pytest.mark.slow),
+        pytest.param("global", 1, 1, {"data": 2, "fsdp": 4}, 1.6, marks=pytest.mark.slow),
         ("global", 1, 2, {"expert": 4, "fsdp": 2}, 1.6),
     ],
 )
@@ -144,5 +148,5 @@ def test_gradients_flow_through_the_probabilities_only():
     p = torch.softmax(x, -1)
     share = torch.nn.functional.one_hot(x.argmax(-1), 4).float().mean(0)
     (4 * (share * p.mean(0)).sum()).backward()
-    np.testing.assert_allclose(through_p.reshape(6, 4), x.grad, atol=1e-7)
+    np.testing.assert_allclose(through_p.reshape(6, 4), np.asarray(x.grad), atol=1e-7)
     assert not np.any(through_f)

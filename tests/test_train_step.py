@@ -1,5 +1,7 @@
 """The training step against transformers, torch's autograd and optimiser; refusals; accumulation; meshes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,9 @@ class Case:
         self.moe = moe
         self.model = reference.build(folder, moe=moe)
         self.config, self.params = reference.load(folder)
-        more = {"balance_loss": AUXILIARY["balance"], "router_z_loss": AUXILIARY["router_z"]} if moe else {}
+        more: dict[str, Any] = (
+            {"balance_loss": AUXILIARY["balance"], "router_z_loss": AUXILIARY["router_z"]} if moe else {}
+        )
         self.objective = objectives.ObjectiveConfig(chunk=5, z_loss=AUXILIARY["z"], **more)
         self.rate = optim.schedule(optim.ScheduleConfig(kind="cosine", peak=3e-3, warmup=5, final=1e-4), 50)
         self.settings = optim.OptimizerConfig(weight_decay=0.1, clip=0.5)

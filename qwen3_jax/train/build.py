@@ -47,7 +47,7 @@ class Build:
                 cannot be honoured, before weights are read or drawn.
         """
         self.config = config
-        self.mesh: Mesh | None = make_mesh(**parse_mesh(config.run.mesh)) if config.run.mesh else None
+        self.mesh: Mesh | None = make_mesh(**parse_mesh(config.run.mesh), devices=None) if config.run.mesh else None
         self.model, self.source = _model_of(config)
         folder = Path(config.model.tokenizer) if config.model.tokenizer else self.source
         self.companions = folder
@@ -129,7 +129,7 @@ class Build:
     def base(self) -> Params:
         """Read or draw the model's parameters, stacked."""
         network, settings = self.network(self.model.rope_theta), self.config.model
-        placed = {} if self.mesh is None else {"out_shardings": network.shardings(self.mesh, RULE)}
+        placed: dict[str, Any] = {} if self.mesh is None else {"out_shardings": network.shardings(self.mesh, RULE)}
         if not settings.weights:
             return jax.jit(network.init, **placed)(jax.random.key(self.config.run.seed))
         if self.mesh is None:

@@ -281,7 +281,7 @@ class Loop:
                 with self._loader(settings.data, self.place.stage) as loader:
                     taken = [batch.arrays for _, batch in zip(range(settings.batches), loader, strict=False)]
                 self.evaluated[self.place.stage] = taken
-            sums: collections.Counter[str] = collections.Counter()
+            sums: collections.defaultdict[str, float] = collections.defaultdict(float)
             weight = 0.0
             for arrays in self.evaluated[self.place.stage]:
                 metrics = jax.device_get(step.evaluate(state, frozen, step.put(arrays, stage.accumulation)))

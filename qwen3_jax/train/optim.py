@@ -137,7 +137,7 @@ class Optimizer:
         self._transform = optax.chain(
             optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
             optax.add_decayed_weights(
-                config.weight_decay, mask=lambda params: decays(params, embeddings=config.decay_embeddings)
+                config.weight_decay, mask=lambda params: decays(dict(params), embeddings=config.decay_embeddings)
             ),
         )
 

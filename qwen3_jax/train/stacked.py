@@ -137,7 +137,8 @@ class Network:
                 x, _ = layer(x, cos, sin, positions, segment_ids, None, False, taps, "layer")
                 if not taps.values:
                     return x, None
-                return x, routing(*(taps.values[name] for name in taps.patterns), real, self.groups)
+                logits, experts = (taps.values[name] for name in taps.patterns)
+                return x, routing(logits, experts, real, self.groups)
 
             if self.remat != "none":
                 body = jax.checkpoint(body, policy=REMAT[self.remat], prevent_cse=False)

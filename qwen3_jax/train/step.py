@@ -72,10 +72,11 @@ class TrainStep:
         self.shardings: State | None = None
         if mesh is not None:
             whole = NamedSharding(mesh, PartitionSpec())
-            self.shardings = jax.tree.map(lambda _: whole, self._abstract)
-            self.shardings["params"] = shardings
-            self.shardings["opt"] = optimizer.shardings(self._abstract["opt"], shardings, whole)
-        placed = {} if self.shardings is None else {"out_shardings": (self.shardings, None)}
+            self.shardings = jax.tree.map(lambda _: whole, self._abstract) | {
+                "params": shardings,
+                "opt": optimizer.shardings(self._abstract["opt"], shardings, whole),
+            }
+        placed: dict[str, Any] = {} if self.shardings is None else {"out_shardings": (self.shardings, None)}
         self._jitted = jax.jit(self._step, donate_argnums=0, **placed)
         self._evaluate = jax.jit(self._sums)
 
@@ -105,7 +106,7 @@ class TrainStep:
 
     def init(self, params: Params, seed: int) -> State:
         """Make the state around parameters, which are given away."""
-        placed = {} if self.shardings is None else {"out_shardings": self.shardings}
+        placed: dict[str, Any] = {} if self.shardings is None else {"out_shardings": self.shardings}
         return jax.jit(self._new_state, donate_argnums=0, **placed)(params, jax.random.key(seed))
 
     def put(self, arrays: Arrays, micro_batches: int) -> dict[str, jax.Array]:

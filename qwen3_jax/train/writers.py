@@ -126,7 +126,7 @@ def open_all(folder: Path, names: Sequence[str], config: Mapping[str, Any], *, r
         "wandb": lambda: WandB(folder, config),
         "mlflow": lambda: MLflow(folder, config),
     }
-    writers: list[Writer] = [JsonLines(folder / METRICS, resume_from=resume_from)]
+    writers: list[Writer] = []
     for name in names:
         try:
             writers.append(make[name]())
@@ -135,4 +135,4 @@ def open_all(folder: Path, names: Sequence[str], config: Mapping[str, Any], *, r
             raise WriterError(
                 f"run.writers names {name}, whose package cannot be imported ({error}): pip install {package}"
             ) from None
-    return writers
+    return [JsonLines(folder / METRICS, resume_from=resume_from), *writers]
