@@ -8,9 +8,14 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from transformers import AutoTokenizer
 
+from qwen3_jax.config import Qwen3Config
 from qwen3_jax.evaluate.problem import LANGUAGES, MONTHS, WEEKDAYS, Problem, is_held_out
 from qwen3_jax.evaluate.tasks import FAMILIES, TASKS, Task, TaskError
+from qwen3_jax.text.template import ChatTemplate
+from qwen3_jax.text.tokenizer import Tokenizer
+from tests.text_folders import DEMO
 
 CORPUS = Path(__file__).parents[1] / "scripts" / "demo_corpus.py"
 WORDS = {
@@ -177,3 +182,27 @@ def test_the_corpora_repeat_and_hold_no_held_out_problem(tmp_path):
     assert 0.2 < empty / len(fusion) < 0.4
     assert 0.1 < cut / len(fusion) < 0.2
     assert set(FAMILIES) == {task.name for task in TASKS}
+
+
+def test_the_tokenizer_is_qwens_pipeline_with_tables_of_its_own(tmp_path):
+    """Digits are tokens by themselves, so that columns of numbers can be learned."""
+    runpy.run_path(str(CORPUS))["write"](tmp_path / "corpus", seed=1, documents=400)
+    script = runpy.run_path(str(CORPUS.with_name("demo_tokenizer.py")))
+    script["write"].__globals__["MERGES"] = 300  # what so little text gives
+    script["write"](tmp_path / "corpus", tmp_path / "start", "moe")
+    ours = Tokenizer.from_folder(tmp_path / "start")
+    assert [ours.decode([i]) for i in ours.encode("473+26 c1 r03")] == [*"473+26", " c", "1", " r", "0", "3"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "start")
+    messages = [{"role": "user", "content": "38+4は? /no_think"}, {"role": "assistant", "content": "答えは42です。"}]
+    text = ChatTemplate.from_folder(tmp_path / "start").render(messages, add_generation_prompt=False)
+    assert ours.encode(text) == theirs.apply_chat_template(messages)["input_ids"]
+    shipped, new = (json.loads((f / "tokenizer.json").read_text(encoding="utf-8")) for f in (DEMO, tmp_path / "start"))
+    for spec in (shipped, new):
+        del spec["added_tokens"], spec["model"]["vocab"], spec["model"]["merges"]
+    assert shipped == new  # and the shipped one is held against the released one
+    config = Qwen3Config.from_file(tmp_path / "start" / "config.json")
+    dense = 3 * config.hidden_size * script["SHAPE"]["intermediate_size"]
+    assert 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok == dense
+    script["write"].__globals__["MERGES"] = 100_000
+    with pytest.raises(ValueError, match="write a larger corpus"):
+        script["write"](tmp_path / "corpus", tmp_path / "start", "dense")
