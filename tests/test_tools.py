@@ -237,7 +237,13 @@ def test_auto_constrains_only_strict_tools(constraints):
     assert constrain(TOOLS, "auto") is None
     assert constrain(TOOLS, "none") is None
     strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
-    constraint = constrain([strict], "auto")
+    constraint = constrain([strict, CLOCK], "auto")
+    matcher = constraints.compile(constraint).start()
+    free = "Hm, <b>.\n"
+    for call_ in (call("clock", {"any": [1]}), call("get_weather", {"city": "Oslo"})):
+        assert all(matcher.accept(token) for token in ours().encode(free + call_))
+    bad = ours().encode(call("get_weather", {"town": "Oslo"}))
+    assert not all(matcher.accept(token) for token in bad)
     for seed in range(6):
         text = draw(constraints, constraint, random.Random(seed), limit=300)
         content, calls = parse(text)

@@ -340,8 +340,8 @@ def tools_constraint(
 
     Args:
         tools: as in the OpenAI API, {"type": "function", "function": {name, parameters, strict}}.
-        choice: "none"; "auto", which constrains the calls of tools that are `strict`, within free text; "required";
-            or {"type": "function", "function": {"name": …}}.
+        choice: "none"; "auto", which is free text and, if any tool is `strict`, forms the calls in it; "required"; or
+            {"type": "function", "function": {"name": …}}.
         parallel: several calls may follow one another. A named choice is one call.
 
     Returns:
@@ -364,12 +364,11 @@ def tools_constraint(
     if not functions:
         raise ToolError("tools must not be empty when tool_choice asks for one")
     if choice == "auto":
-        strict = {name: f for name, f in functions.items() if f.get("strict")}
-        if not strict:
+        if not any(f.get("strict") for f in functions.values()):
             return None
-        form = {"type": "triggered_tags", "triggers": [OPEN], "tags": [_tag(*f) for f in strict.items()]}
-        if len(strict) < len(functions):
-            raise ToolError("tools: give strict to all functions or to none")
+        known = {name: f if f.get("strict") else {} for name, f in functions.items()}
+        tags = [_tag(name, f, closed=bool(f)) for name, f in known.items()]
+        form = {"type": "triggered_tags", "triggers": [OPEN], "tags": tags}
         return Constraint("structural_tag", {"format": form | {"stop_after_first": not parallel}})
     if isinstance(choice, Mapping):
         chosen = choice.get("function", {}).get("name")
@@ -388,12 +387,12 @@ def tools_constraint(
     return Constraint("structural_tag", {"format": form})
 
 
-def _tag(name: str, function: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the form of one function's call."""
+def _tag(name: str, function: Mapping[str, Any], *, closed: bool = True) -> dict[str, Any]:
+    """Write the form of one function's call; `closed`: without parameters there are no arguments."""
     schema = {"type": "object", **(function.get("parameters") or {})}
     if "properties" in schema and not schema.keys() & {"allOf", "anyOf", "oneOf", "$ref", "patternProperties"}:
         schema.setdefault("additionalProperties", False)
-    elif schema.keys() == {"type"}:
+    elif closed and schema.keys() == {"type"}:
         schema["additionalProperties"] = False
     return {
         "type": "tag",
