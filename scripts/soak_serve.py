@@ -173,6 +173,11 @@ async def streamed(server: Server, request: bytes, *, seconds: float = 120) -> t
         writer.close()
 
 
+def whole(text: str) -> bool:
+    """Tell whether a stream has its end; what follows is the end of chunked encoding."""
+    return "data: [DONE]" in text[-60:]
+
+
 def words(rng: random.Random, n: int) -> str:
     return " ".join(rng.choice(("red", "two", "sky", "why", "the", "and", "of", "a", "sun")) for _ in range(n))
 
@@ -209,6 +214,7 @@ class Bench:
 async def s1(bench: Bench) -> Figures:
     """Clients that leave: their requests end and their pages come back."""
     server = await bench.main()
+    await server.idle(60)
     before = await server.metrics()
 
     async def leave(request: bytes, *, after_s: float, reset: bool) -> None:
@@ -303,9 +309,7 @@ async def s4(bench: Bench) -> Figures:
         refused = (await server.ask("POST", "/v1/completions", {"prompt": "x"}))[0]
     require(refused in (0, 503), f"new work was answered with {refused}")
     texts = [text for text, _ in await asyncio.gather(*running)]
-    require(
-        all(text.startswith("HTTP/1.1 200") and text.endswith("data: [DONE]\n\n") for text in texts), "a stream was cut"
-    )
+    require(all(text.startswith("HTTP/1.1 200") and whole(text) for text in texts), "a stream was cut")
     require(all('"finish_reason":"length"' in text for text in texts), "a stream was not finished")
     code, drained_s = await server.ended(30)
     require(code in (0, 143), f"exit code {code}")
@@ -317,8 +321,9 @@ async def s4(bench: Bench) -> Figures:
     while (await at_once.metrics())["num_requests_running"] < 8:
         await asyncio.sleep(0.02)
     at_once.process.send_signal(signal.SIGTERM)
-    code, abort_s = await at_once.ended(4)
+    code, abort_s = await at_once.ended(30)
     require(code in (0, 143), f"exit code {code}")
+    require(abort_s < 4, f"ending at once took {abort_s:.1f} s")
     for text, _ in await asyncio.gather(*running):
         require('"finish_reason":"abort"' in text or '"error"' in text, f"a stream ended with {text[-100:]!r}")
     return {"drained_s": drained_s, "abort_s": abort_s}
@@ -338,7 +343,7 @@ async def s5(bench: Bench) -> Figures:
     texts = [text for text, _ in await asyncio.gather(*running)]
     told_s = time.monotonic() - began
     for text in texts:
-        require('"error"' in text and text.endswith("data: [DONE]\n\n"), f"a stream ended with {text[-120:]!r}")
+        require('"error"' in text and whole(text), f"a stream ended with {text[-120:]!r}")
     status, said = await plain
     require(status in (500, 503) and "error" in json.loads(said), f"a plain request got {status}")
     health = 0
@@ -417,7 +422,7 @@ async def s8(bench: Bench) -> Figures:
         ][kind]  # fmt: skip
         if i % 3 == 0:
             text, silence = await streamed(server, head("POST", "/v1/completions", body | {"stream": True}, close=True))
-            require(text.endswith("data: [DONE]\n\n") and '"error"' not in text, f"a stream ended with {text[-200:]!r}")
+            require(whole(text) and '"error"' not in text, f"a stream ended with {text[-200:]!r}")
             silences.append(silence)
         else:
             status, said = await server.ask("POST", "/v1/completions", body)
@@ -519,7 +524,7 @@ async def s10(bench: Bench) -> Figures:
     first, last = (sorted(part)[int(0.99 * len(part))] for part in (times[tenth : 2 * tenth], times[-tenth:]))
     figures: Figures = {"requests": done, "mb_per_1000": per_1000, "p99_first_s": first, "p99_last_s": last}
     figures["files"] = max(files) - min(files)
-    require(done == total or bench.scale == 1, f"{done} of {total} requests in time")
+    require(done >= total or bench.scale == 1, f"{done} of {total} requests in time")
     require(per_1000 < 1, f"memory grows by {per_1000:.2f} MB per 1000 requests: {figures}")
     require(max(files) - min(files) <= 16, f"open files went from {min(files)} to {max(files)}")
     require(last <= 1.2 * first, f"p99 went from {first:.3f} s to {last:.3f} s: {figures}")
@@ -542,17 +547,24 @@ CASES: dict[str, tuple[Callable[[Bench], Awaitable[Figures]], float]] = {
 
 
 def poisoned(folder: Path) -> Path:
-    """Copy the embedded checkpoint with NaN in the embedding of `POISON`."""
+    """Copy the embedded checkpoint with NaN in the embedding of `POISON`; its lm_head is the embeddings as they were."""
     shutil.copytree(DEMO, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
     file = folder / "model.safetensors"
-    data = bytearray(file.read_bytes())
+    data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    entry = json.loads(data[8 : 8 + length])["model.embed_tokens.weight"]
-    columns, at = entry["shape"][1], 8 + length + entry["data_offsets"][0]
+    header, tensors = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    entry = header["model.embed_tokens.weight"]
+    first, last = entry["data_offsets"]
+    header["lm_head.weight"] = entry | {"data_offsets": [len(tensors), len(tensors) + last - first]}
+    tensors += tensors[first:last]
     nan = {"BF16": b"\xc0\x7f", "F16": b"\x00\x7e", "F32": b"\x00\x00\xc0\x7f"}[entry["dtype"]]
-    start = at + POISON * columns * len(nan)
-    data[start : start + columns * len(nan)] = nan * columns
-    file.write_bytes(data)
+    row = nan * entry["shape"][1]
+    tensors[first + POISON * len(row) : first + (POISON + 1) * len(row)] = row
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
     return folder
 
 
