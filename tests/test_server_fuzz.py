@@ -45,11 +45,9 @@ def run(seed: int, count: int) -> dict[int, int]:
 
     async def all_of_them() -> None:
         for method, path, body, headers in requests(seed, count):
-            began = time.monotonic()
             said = await asyncio.wait_for(call(app, method, path, body, headers), 30)
             try:
                 check(path, said)
-                assert time.monotonic() - began < 15
             except AssertionError as error:
                 raise AssertionError(f"{method} {path} {body[:2000]!r}") from error
             statuses[said.status] = statuses.get(said.status, 0) + 1

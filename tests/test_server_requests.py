@@ -2,6 +2,7 @@
 
 import base64
 import json
+import resource
 import time
 
 import pytest
@@ -247,6 +248,45 @@ class TestErrors:
     def test_too_many_values(self):
         app = create_app(FakeEngine(), ServerOptions(max_json_values=1000))
         assert "values" in complete(app, prompt=[1] * 2000).error["message"]
+
+    def test_bodies_together(self):
+        app = create_app(FakeEngine(), ServerOptions(max_held_bytes=2000))
+        assert chat(app).status == 200
+        assert complete(app, prompt="a" * 3000).status == 503
+        assert chat(app).status == 200  # what was held has been given back
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/v1/completions", {"prompt": ["a"] * 300_000 + [1]}),
+            ("/v1/completions", {"prompt": [[1], ["a"]] * 100_000}),
+            ("/v1/completions", {"prompt": [1] * 300_000}),
+            ("/v1/chat/completions", {"messages": MESSAGES * 60_000}),
+            ("/v1/chat/completions", {"messages": [1] * 300_000}),
+            (
+                "/v1/chat/completions",
+                {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 60_000}]},
+            ),
+            ("/v1/chat/completions", {"messages": MESSAGES, "logit_bias": {str(i): "x" for i in range(200_000)}}),
+            ("/v1/chat/completions", {"messages": MESSAGES, "stop": [1] * 300_000}),
+            (
+                "/v1/chat/completions",
+                {"messages": MESSAGES, "chat_template_kwargs": {f"k{i}": 1 for i in range(100_000)}},
+            ),
+            ("/v1/responses", {"input": [1] * 300_000}),
+            ("/v1/embeddings", {"input": [[1], ["a"]] * 100_000}),
+            ("/v1/rerank", {"query": "a", "documents": [1] * 300_000}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else str(value)[:30],
+    )
+    def test_hundreds_of_thousands_of_wrong_values(self, app, path, body):
+        """A validator that lists them all would take minutes of the loop and gigabytes."""
+        data = json.dumps(body).encode()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        said = request(app, "POST", path, data)
+        assert said.status == 400
+        assert said.error
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
 
     def test_the_engine_says_no(self):
         engine = FakeEngine(lambda request: [Step(wait_s=0.5), "a"], room=1)

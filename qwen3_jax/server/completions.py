@@ -91,6 +91,8 @@ async def prepare(state: Serving, body: CompletionBody) -> Prepared:
         else:
             ids = prompt
         ids = asking.truncated(state, body, ids, max_tokens)
+        if len(ids) > state.context:
+            raise refuse("prompt", f"prompt {i} has {len(ids)} tokens: the context of the model is {state.context}")
         state.check_ids(ids, "prompt")
         params = asking.sampling(state, body, ids, max_tokens=max(1, max_tokens), logprobs=body.logprobs)
         wanted = body.prompt_logprobs

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3_jax.server.errors import clip, refuse
 from qwen3_jax.server.schema import Tool
-from qwen3_jax.server.serving import Serving
+from qwen3_jax.server.serving import INLINE, Serving
 from qwen3_jax.text.template import ChatTemplate, TemplateError
 
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content")
@@ -43,6 +43,11 @@ async def prompt_ids(
         raise refuse("chat_template", "chat_template is refused: this server runs the model's own template only")
     switch = variables.get("enable_thinking") if enable_thinking is None else enable_thinking
     given = {k: v for k, v in variables.items() if k.isidentifier() and not RESERVED.fullmatch(k)}
+    parts = sum(len(m["content"]) for m in messages if isinstance(m.get("content"), list))
+    if len(messages) + parts > state.context:  # every message has tokens of its own
+        raise refuse(
+            "messages", f"messages are {len(messages)}, of {parts} parts: the context is {state.context} tokens"
+        )
     turns = [message(i, m) for i, m in enumerate(messages)]
     size = sum(len(str(turn.get("content", ""))) + len(str(turn.get("reasoning_content", ""))) for turn in turns)
     size += 0 if not tools else len(str(tools))
@@ -59,7 +64,7 @@ async def prompt_ids(
         enable_thinking=switch,
         **given,
     )
-    return await state.encode(await state.off_loop(render, size=size), param="messages")
+    return await state.encode(await state.off_loop(render, size=INLINE + 1 if given else size), param="messages")
 
 
 def _render(

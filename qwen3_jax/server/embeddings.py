@@ -11,7 +11,7 @@ import base64
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from qwen3_jax.server import shapes
 from qwen3_jax.server.body import read
 from qwen3_jax.server.errors import ApiError, refuse
 from qwen3_jax.server.generation import watched
-from qwen3_jax.server.schema import Body
+from qwen3_jax.server.schema import Body, IdLists, Ids, Texts, few
 from qwen3_jax.server.serving import Serving, serving
 
 router = APIRouter()
@@ -47,7 +47,7 @@ class EmbeddingsBody(Body):
     REFUSED = UNSUPPORTED
 
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | Texts | Ids | IdLists
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
 
@@ -70,7 +70,7 @@ class RerankBody(Body):
 
     model: str | None = None
     query: str
-    documents: list[str | Document] = Field(min_length=1, max_length=INPUTS)
+    documents: Annotated[list[str | Document], few(INPUTS)] = Field(min_length=1)
     top_n: int | None = Field(None, ge=0)
     return_documents: bool = True
     instruction: str | None = None
@@ -86,8 +86,8 @@ class ScoreBody(Body):
     REFUSED = UNSUPPORTED
 
     model: str | None = None
-    text_1: str | list[str]
-    text_2: str | list[str]
+    text_1: str | Texts
+    text_2: str | Texts
     instruction: str | None = None
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ What happens below HTTP (heads, idle sockets) is bounded in `protocol`.
 """
 
 import asyncio
+from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,6 +19,14 @@ class ClientGone(Exception):
     """Nobody is there to be answered."""
 
 
+@dataclass
+class _Body:
+    """What has arrived of a body."""
+
+    length: int = 0
+    whole: bool = False
+
+
 class Limits:
     """Refuse what is too much and give up on who is too slow."""
 
@@ -25,6 +34,7 @@ class Limits:
         self.app = app
         self.options = options
         self.working = 0
+        self.held = 0  # bytes of the bodies of those at work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in FREE:
@@ -35,10 +45,12 @@ class Limits:
             await answer(error)(scope, receive, send)
             return
         self.working += 1
+        body = _Body()
         try:
-            await self.app(scope, self._bounded(receive), self._patient(scope, send))
+            await self.app(scope, self._bounded(receive, body), self._patient(scope, send))
         finally:
             self.working -= 1
+            self.held -= body.length
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         if self.working >= self.options.max_requests:
@@ -51,15 +63,13 @@ class Limits:
     def _too_long(self) -> ApiError:
         return ApiError(413, f"the body is longer than {self.options.max_body_bytes} bytes")
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive, body: "_Body") -> Receive:
         """Count the bytes of the body and the seconds until all of it is there."""
         clock = asyncio.get_running_loop().time
         until = clock() + self.options.body_s
-        length, whole = 0, False
 
         async def bounded() -> Message:
-            nonlocal length, whole
-            if whole:
+            if body.whole:
                 return await receive()  # waits for the client to leave
             try:
                 async with asyncio.timeout(max(0.0, until - clock())):
@@ -70,10 +80,14 @@ class Limits:
                 ) from None
             if message["type"] != "http.request":
                 return message
-            length += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if length > self.options.max_body_bytes:
+            more = len(message.get("body", b""))
+            body.length += more
+            self.held += more
+            body.whole = not message.get("more_body", False)
+            if body.length > self.options.max_body_bytes:
                 raise self._too_long()
+            if self.held > self.options.max_held_bytes:
+                raise ApiError(503, f"requests of {self.held} bytes are at work: try again later")
             return message
 
         return bounded

@@ -17,6 +17,7 @@ class ServerOptions:
         cors_origins: web pages that may call the server, "*" for all; () for none.
         trust_request_chat_template: run a chat template that comes with a request.
         max_body_bytes: of a request; a longer one is answered with 413.
+        max_held_bytes: of the bodies of all requests at work together; more are answered with 503.
         max_header_bytes, max_headers: of a request's head.
         max_json_depth, max_json_values: of a body: nesting, and objects, lists and their elements together.
         max_choices: completions per prompt (`n`), and prompts times `n` of one request is at most 8 times this.
@@ -37,10 +38,11 @@ class ServerOptions:
     cors_origins: tuple[str, ...] = ()
     trust_request_chat_template: bool = False
     max_body_bytes: int = 32 * 2**20
+    max_held_bytes: int = 512 * 2**20
     max_header_bytes: int = 64 * 2**10
     max_headers: int = 128
     max_json_depth: int = 96
-    max_json_values: int = 2_000_000
+    max_json_values: int = 1_000_000
     max_choices: int = 128
     max_requests: int = 1024
     max_connections: int = 4096

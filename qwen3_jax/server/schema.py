@@ -6,9 +6,33 @@ refused by name (`REFUSED`), so that nothing is silently dropped.
 """
 
 import re
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
+
+
+def few(most: int) -> BeforeValidator:
+    """Refuse an object or a list of more entries before looking at any: pydantic would report each one."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > most:
+            raise ValueError(f"has {len(value)} entries: at most {most} are allowed")
+        return value
+
+    return BeforeValidator(check)
+
+
+class _FirstError(FailFast):
+    """Ends a list with its first error: a million wrong elements would otherwise become a million errors."""
+
+    def __hash__(self) -> int:  # which typing needs of a member of a union
+        return id(type(self))
+
+
+Texts = Annotated[list[str], _FirstError()]
+Ids = Annotated[list[int], _FirstError()]
+IdLists = Annotated[list[Ids], _FirstError()]
+Objects = Annotated[list[dict[str, Any]], _FirstError()]
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -39,7 +63,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | bool | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | dict[str, Any] | None = None
@@ -80,10 +104,10 @@ class Generating(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, few(8192)] = None
     # where it ends
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: Annotated[Ids | None, few(1024)] = None
     include_stop_str_in_output: bool | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
@@ -92,11 +116,11 @@ class Generating(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
-    allowed_token_ids: list[int] | None = Field(None, max_length=4096)
-    bad_words: list[str] | None = Field(None, max_length=128)
+    allowed_token_ids: Annotated[Ids | None, few(2**18)] = None
+    bad_words: Annotated[Texts | None, few(128)] = None
     # what else is returned
     n: int | None = Field(None, ge=1)
     prompt_logprobs: int | None = None
@@ -170,10 +194,10 @@ class NamedTool(Body):
 class Conversation(Body):
     """Messages and how the chat template is to render them."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[Tool] | None = Field(None, min_length=1, max_length=256)
+    messages: Objects = Field(min_length=1)
+    tools: Annotated[list[Tool] | None, few(256)] = Field(None, min_length=1)
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, few(64)] = None
     add_generation_prompt: bool = True
     continue_final_message: bool | None = None
 
@@ -229,7 +253,7 @@ class ChatBody(Generating, Conversation):
 class CompletionBody(Generating):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | IdLists
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = None
     echo: bool | None = None
@@ -255,19 +279,19 @@ class ResponseReasoning(Body):
 class ResponsesBody(Generating):
     """POST /v1/responses; tools and text formats are flat there, see `responses_input`."""
 
-    input: str | list[dict[str, Any]]
+    input: str | Objects
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     text: ResponseText | None = None
     reasoning: ResponseReasoning | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=256)
+    tools: Annotated[Objects | None, few(256)] = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: int | None = None
-    include: list[str] | None = None
-    metadata: dict[str, str] | None = None
+    include: Annotated[list[str] | None, few(64)] = None
+    metadata: Annotated[dict[str, str] | None, few(64)] = None
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, few(64)] = None
     enable_thinking: bool | None = None
 
     REFUSED: ClassVar[dict[str, str]] = Generating.REFUSED | {
@@ -290,10 +314,10 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[Tool] | None = Field(None, min_length=1, max_length=256)
+    messages: Objects | None = None
+    tools: Annotated[list[Tool] | None, few(256)] = Field(None, min_length=1)
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, few(64)] = None
     add_generation_prompt: bool = True
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -309,5 +333,5 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Ids
     skip_special_tokens: bool = False
