@@ -33,3 +33,4 @@ for stage in 1-pretrain 2-think 3-fusion; do
 done
 once "$out" "$python" scripts/demo_folder.py "$root/3-fusion/model" "$root/start" "$out.partial"
 "$python" -m qwen3_jax.cli eval "$out" --output "$root/eval"
+"$python" scripts/demo_card.py "$out" "$root/eval"
