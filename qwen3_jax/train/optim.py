@@ -4,6 +4,7 @@
 and the learning rate that was applied. Everything is a pure function for the inside of the jitted step.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -134,11 +135,10 @@ class Optimizer:
 
     def __init__(self, config: OptimizerConfig, rate: Schedule):
         self.config, self.rate = config, rate
+        mask: Any = functools.partial(decays, embeddings=config.decay_embeddings)
         self._transform = optax.chain(
             optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
-            optax.add_decayed_weights(
-                config.weight_decay, mask=lambda params: decays(dict(params), embeddings=config.decay_embeddings)
-            ),
+            optax.add_decayed_weights(config.weight_decay, mask=mask),
         )
 
     def init(self, params: Params) -> dict[str, Any]:
