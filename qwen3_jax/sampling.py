@@ -18,7 +18,7 @@ Axis letters: B batch, V vocabulary, K candidates.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
 
+from qwen3_jax.ops import top
 from qwen3_jax.sampling_params import LOGPROBS, SamplingError, SamplingParams
 
 BOUND = 64  # candidates of the "bounded" program; the released models use top_k 20
@@ -34,6 +35,7 @@ GREEDY_BELOW = 1e-5  # a temperature below this is greedy: dividing by it would 
 
 Rows = dict[str, Any]
 History = dict[str, jax.Array]
+Top = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def remember(history: History, token: jax.Array, active: jax.Array) -> History:
     return history | {"counts": jnp.asarray(history["counts"]).at[row, token].add(active.astype(jnp.int32))}
 
 
-def sample(sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, history: History) -> jax.Array:
+def sample(
+    sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, history: History, *, top: Top = top
+) -> jax.Array:
     """Draw one token per row.
 
     Args:
@@ -137,6 +141,7 @@ def sample(sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, hi
         rows: `Sampler.rows`; with "allowed" [B, ceil(V/32)] uint32 only ids whose bit is set are drawn.
         index: [B] int32, how many tokens each row has generated before this one.
         history: `Sampler.history`, kept up by `remember`.
+        top: finds the largest logits; `Ops.top` where they are split over devices.
 
     Returns:
         token [B] int32; -1 where the logits are not finite, so that a broken row is an error and not a text.
@@ -145,7 +150,7 @@ def sample(sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, hi
     if sampler.draw == "greedy":
         token = _first(x, best)
     else:
-        ids, scores = _support(sampler, x, best, rows)
+        ids, scores = _support(sampler, x, best, rows, top)
         noise = _gumbel(rows["key"], index, ids)
         scores = jnp.where((rows["temperature"] >= GREEDY_BELOW)[:, None], scores + noise, scores)
         choice = _first(scores, jnp.max(scores, axis=-1, keepdims=True))
@@ -160,11 +165,11 @@ def distribution(
     x, best = _edited(sampler, logits, rows, index, history)
     if sampler.draw == "greedy":
         return _first(x, best)[:, None], jnp.ones_like(best)
-    ids, scores = _support(sampler, x, best, rows)
+    ids, scores = _support(sampler, x, best, rows, top)
     return ids, jax.nn.softmax(scores, axis=-1)
 
 
-def logprobs(sampler: Sampler, logits: jax.Array, token: jax.Array) -> dict[str, jax.Array]:
+def logprobs(sampler: Sampler, logits: jax.Array, token: jax.Array, *, top: Top = top) -> dict[str, jax.Array]:
     """Return log-probabilities under the model itself: no temperature, no penalty, no mask in the normaliser.
 
     Args:
@@ -179,11 +184,13 @@ def logprobs(sampler: Sampler, logits: jax.Array, token: jax.Array) -> dict[str,
     if sampler.logprobs is None:
         return {}
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    own = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=-1)
+    # A sum of one and not a gather: on a mesh every device adds what it holds of the vocabulary.
+    here = jnp.arange(logits.shape[-1]) == jnp.maximum(token, 0)[:, None]
+    own = jnp.sum(jnp.where(here, logits, 0.0), axis=-1, keepdims=True)
     out = {"logprob": (own - total)[:, 0]}
     if sampler.logprobs:
         known = jnp.where(jnp.arange(logits.shape[-1]) < sampler.tokens, logits, -jnp.inf)
-        values, ids = _top(known, LOGPROBS)
+        values, ids = top(known, min(LOGPROBS, known.shape[-1]))
         out |= {"top_ids": ids, "top_logprobs": values - total}
     return out
 
@@ -208,18 +215,18 @@ def _bits(words: jax.Array, count: int) -> jax.Array:
     return bits.reshape(words.shape[0], -1)[:, :count] == 1
 
 
-def _support(sampler: Sampler, x: jax.Array, best: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+def _support(sampler: Sampler, x: jax.Array, best: jax.Array, rows: Rows, top: Top) -> tuple[jax.Array, jax.Array]:
     """Return candidate ids [B, K] and their tempered logits [B, K], -inf where top_k, top_p or min_p drop them."""
     random = (rows["temperature"] >= GREEDY_BELOW)[:, None]
     temperature = jnp.where(random, rows["temperature"][:, None], 1.0)
-    x, top = x / temperature, best / temperature
+    x, peak = x / temperature, best / temperature
     if sampler.draw == "bounded":
-        x, ids = _top(x, BOUND)
+        x, ids = top(x, min(BOUND, x.shape[-1]))
         keep = _keep_sorted(x, rows)
     else:
         ids = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape)
-        keep = _keep(x, top, rows)
-    keep = jnp.where(random, keep & (jnp.exp(x - top) >= rows["min_p"][:, None]), x == top)
+        keep = _keep(x, peak, rows)
+    keep = jnp.where(random, keep & (jnp.exp(x - peak) >= rows["min_p"][:, None]), x == peak)
     return ids, jnp.where(keep, x, -jnp.inf)
 
 
@@ -227,14 +234,6 @@ def _first(x: jax.Array, best: jax.Array) -> jax.Array:
     """Return the first index [B] where x [B, K] equals best [B, 1]; argmax itself is a scalar loop on a CPU."""
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(x == best, index, x.shape[-1] - 1), axis=-1)
-
-
-def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Return the k largest of x [B, V], descending, and their indices."""
-    # The barrier keeps XLA from fusing later slices into it, after which it would sort the vocabulary: 60 times slower.
-    # One barrier each: XLA passes the pair on as a whole otherwise, and fails to compile it on a mesh (jaxlib 0.10.2).
-    values, ids = jax.lax.top_k(x, min(k, x.shape[-1]))
-    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(ids)
 
 
 def _edit(x: jax.Array, rows: Rows, index: jax.Array, history: History) -> jax.Array:

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,7 +14,9 @@ from qwen3_jax import model as models
 from qwen3_jax import sharding
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops import plain
+from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.plan import chips, compile, cost, fleet, hlo, meshes, programs, result, show
+from qwen3_jax.sampling_params import SamplingParams
 from tests.tpu_programs import CASES, FOLDER, MIB
 
 V5E = chips.chip("v5e")
@@ -403,12 +407,18 @@ def test_bytes_per_device_add_up(name):
     assert weights / 2 < halves < weights / 2 * 1.02  # the norms and the router are whole
 
 
+def small(name: str) -> Qwen3Config:
+    """A released config with everything but its kind made small."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 16, "vocab_size": 512, "bos_token_id": None, "eos_token_id": 1, "intermediate_size": 64}
+    config = Qwen3Config.from_name(name)
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32} if config.num_experts else {}
+    return dataclasses.replace(config, **sizes | experts)
+
+
 def test_the_programs_are_the_steps_of_serving():
     """Lowered for virtual CPU devices: every phase traces, kv heads are copied, and decode takes its cache over."""
-    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2}
-    small |= {"head_dim": 16, "vocab_size": 512, "bos_token_id": None, "eos_token_id": 1}
-    small |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    config = dataclasses.replace(Qwen3Config.from_name("Qwen3-30B-A3B"), **small)
+    config = small("Qwen3-30B-A3B")
     sizes = sharding.parse_mesh("expert=2,model=4")
     devices = sharding.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
     lowered = programs.programs(config, devices, ops=plain.XLA, dtype="float32", batch=4, context=32)
@@ -417,6 +427,27 @@ def test_the_programs_are_the_steps_of_serving():
     _, cache = programs.bytes_per_device(config, sizes, ops=plain.XLA, dtype="float32", batch=4, context=32)
     assert analysis is not None
     assert analysis.alias_size_in_bytes >= cache
+
+
+def test_sampling_collects_candidates_and_no_logits():
+    """Penalties, log-probabilities and top_k on a vocabulary that is split over devices."""
+    config, mesh = small("Qwen3-8B"), sharding.make_mesh(data=2, model=4)
+    asked = SamplingParams(temperature=0.6, top_k=20, top_p=0.9, presence_penalty=1.0, logprobs=5)
+    shape = {"dtype": "float32", "batch": 4, "context": 32, "phases": ("first",), "sampling": asked}
+    text = programs.programs(config, mesh, ops=plain.XLA, **shape)["first"].compile().as_text()
+    assert text is not None
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all)\(", text)
+    assert "1,256" in gathered  # 64 candidates of each of four devices, for the one row that a device has
+    assert all(math.prod(int(n) for n in shape.split(",")) <= 256 for shape in gathered)
+
+
+@pytest.mark.parametrize("k", [1, 5, 64])
+def test_the_largest_of_a_split_vocabulary(k):
+    """The same ids as on one device, the first of equals first."""
+    mesh = sharding.make_mesh(data=2, model=4)
+    split = on_mesh(plain.XLA, mesh, sharding.RULES["serve"])
+    logits = jnp.round(4 * jax.random.normal(jax.random.key(k), (4, 128)))  # many are equal
+    chex.assert_trees_all_equal(jax.jit(split.top, static_argnums=1)(logits, k), plain.XLA.top(logits, k))
 
 
 # Showing

@@ -12,6 +12,14 @@ import jax
 LayerCache = dict[str, jax.Array]
 
 
+def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Return the k largest of x [B, V], descending, the first of equals first, and their indices [B, k] int32."""
+    # The barrier keeps XLA from fusing later slices into it, after which it would sort the vocabulary: 60 times slower.
+    # One barrier each: XLA passes the pair on as a whole otherwise, and fails to compile it on a mesh (jaxlib 0.10.2).
+    values, ids = jax.lax.top_k(x, k)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(ids)
+
+
 class Ops(NamedTuple):
     """One formulation of every operation that the network needs.
 
@@ -53,6 +61,9 @@ class Ops(NamedTuple):
 
     embed: Callable[[jax.Array, jax.Array], jax.Array] = lambda table, tokens: table[tokens]
     """(table [V,D], tokens [B,T]) -> [B,T,D]: look tokens up."""
+
+    top: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]] = top
+    """(logits [B,V], k) -> the k largest and their ids; on a mesh no device sees more than its vocabulary and a few."""
 
     spread: Callable[[jax.Array], Any] = lambda x: x
     """x [B,T,D] -> what the linear layers on it take: x itself, or on a mesh that splits the stream its `ring.Pieces`,

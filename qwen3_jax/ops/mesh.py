@@ -104,11 +104,28 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         ins = (queries, ops.cache_axes, "batch length")
         return each(lambda *args: ops.attend_cache(*args, scale), q.shape[:2], ins, queries)(q, cache, positions)
 
+    def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+        vocab = rules["vocab"]
+        rows = () if x.shape[0] % place.ways(rules["head_batch"]) else rules["head_batch"]
+        if place.ways(vocab) == 1 or x.shape[1] % place.ways(vocab):
+            return ops.top(x, k)
+
+        def local(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            values, ids = ops.top(x, min(k, x.shape[1]))
+            ids = ids + lax.axis_index(vocab) * x.shape[1]
+            values, ids = (lax.all_gather(a, vocab, axis=1, tiled=True) for a in (values, ids))
+            # In the order of the devices, and so of the ids: the first of equals is still the first.
+            values, at = ops.top(values, k)
+            return values, jnp.take_along_axis(ids, at, axis=1)
+
+        spread_out, together = PartitionSpec(rows, vocab), PartitionSpec(rows)
+        return jax.shard_map(local, mesh=mesh, in_specs=spread_out, out_specs=(together, together), check_vma=False)(x)
+
     # Linear layers of a prefill: see `ring`. One axis splits the stream and not the length: the one of the heads.
     around = tuple(axis for axis in rules["stream"] if axis not in rules["length"] and mesh.shape[axis] > 1)
     if not around:
         return ops._replace(
-            constrain=constrain, attend=attend, update_cache=update_cache, attend_cache=attend_cache, moe=moe
+            constrain=constrain, attend=attend, update_cache=update_cache, attend_cache=attend_cache, moe=moe, top=top
         )
     (axis,) = around
     stream = PartitionSpec(rules["batch"], rules["stream"])
@@ -184,4 +201,5 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         update_cache=update_cache,
         attend_cache=attend_cache,
         moe=moe,
+        top=top,
     )
