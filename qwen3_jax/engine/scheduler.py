@@ -194,33 +194,39 @@ class Scheduler:
         steps = 1
         if alone and not any(s.stepwise for s in self._decoding):
             steps = min(self.decode_tokens, max(s.limit - _issued(s) for s in ready))
-            if sum(self._lacking(s, steps) for s in ready) > self.pages.available:
+            if sum(self._lacking(s, min(steps, s.limit - _issued(s))) for s in ready) > self.pages.available:
                 steps = 1
         for sequence in ready:
-            while sequence.state == "running" and self._lacking(sequence, steps) > self.pages.available:
-                worst = max(self.running, key=_rank)
-                self._preempt(worst)
-                plan.preempted.append(worst)
-            if sequence.state != "running":  # it was the worst itself, so all behind it are gone
+            if sequence.state != "running":  # preempted for a better one, as are all behind it
                 break
-            sequence.pages += self.pages.take(self._lacking(sequence, steps))
             first = _issued(sequence)
             count = min(steps, sequence.limit - first)
+            lacking = self._lacking(sequence, count)
+            if lacking:
+                if not self._make_room(sequence, lacking, plan):
+                    break
+                sequence.pages += self.pages.take(lacking)
             known = tuple(sequence.output[first : first + count])
             plan.decode.append(Decode(sequence, sequence.computed, count, first, known, sequence.preemptions))
+            plan.decode_tokens = max(plan.decode_tokens, count)
             sequence.computed += count
             sequence.in_flight += count - len(known)
-        plan.decode_tokens = max((entry.count for entry in plan.decode), default=0)
 
     def _decodes(self, sequence: Sequence) -> bool:
-        first = _issued(sequence)
-        if first >= sequence.limit:
-            return False  # all its tokens are in flight
-        return not (sequence.stepwise and sequence.in_flight)
+        """Whether a row has a step to do: not all its tokens are in flight, nor the one that its next depends on."""
+        return _issued(sequence) < sequence.limit and not (sequence.stepwise and sequence.in_flight)
 
-    def _lacking(self, sequence: Sequence, steps: int) -> int:
-        count = min(steps, sequence.limit - _issued(sequence))
-        return self._pages_of(sequence.computed + count) - len(sequence.pages)
+    def _lacking(self, sequence: Sequence, count: int) -> int:
+        """Return how many pages a row still needs for the next `count` positions."""
+        return max(0, self._pages_of(sequence.computed + count) - len(sequence.pages))
+
+    def _make_room(self, sequence: Sequence, lacking: int, plan: Plan) -> bool:
+        """Preempt the worst until there are pages; says whether the sequence itself still runs."""
+        while sequence.state == "running" and lacking > self.pages.available:
+            worst = max(self.running, key=_rank)
+            self._preempt(worst)
+            plan.preempted.append(worst)
+        return sequence.state == "running"
 
     def _admit(self, plan: Plan) -> None:
         """Give rows and the pages of everything known to those that wait, in order, while both last.
