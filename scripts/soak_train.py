@@ -156,6 +156,21 @@ def _poison(first: float, last: float) -> None:
     Loader.__next__ = poisoned
 
 
+def _garble(first: float, last: float) -> None:
+    """Give some batches targets that contradict all others."""
+    from qwen3_jax.train.data import Loader
+
+    real = Loader.__next__
+
+    def garbled(self: Any) -> Any:
+        batch = real(self)
+        if first <= self.batches <= last:
+            batch.arrays["targets"][:] = (batch.arrays["targets"] + 50) % 126
+        return batch
+
+    Loader.__next__ = garbled
+
+
 def _small_disk(first: float, last: float) -> None:
     """Let no file grow beyond 20 kB during some saves; Orbax's arrays are larger, everything else is smaller."""
     from qwen3_jax.train.state import Checkpoints
@@ -178,6 +193,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     "hang_step": _hang_step,
     "hang_loader": _hang_loader,
     "poison": _poison,
+    "garble": _garble,
     "small_disk": _small_disk,
 }
 
@@ -522,7 +538,7 @@ def t7(lab: Lab) -> str:
 
 
 def t8(lab: Lab) -> str:
-    """A batch whose loss is not a number: the step is refused, the state stays bit for bit; k in a row end the run."""
+    """A loss that is no number, or a spike: the step is refused, the state stays as it was; k in a row end the run."""
     run = lab.run("poison", steps=12, save_every=1, keep=12)
     require(run.start(fault="poison 6 7").wait() == 0, run.log())
     refused = run.events("refused")
@@ -532,13 +548,19 @@ def t8(lab: Lab) -> str:
     changed = [name for name in trained if before[name] != after[name]]
     require(not changed, f"refused steps changed {changed}")
     require(run.metrics()[12]["refused_total"] == 2, "the counter is wrong")
+    run = lab.run("spike", more="[refusal]\nspike_sigma = 6.0\nwindow = 8\n")
+    require(run.start(fault="garble 31 31").wait() == 0, run.log())
+    spikes = [event["at"] for event in run.events("refused")]
+    require(spikes == [31], f"refused {spikes}, the spike is at 31")
     run = lab.run("poisoned", more="[refusal]\nstop_after = 3\n")
     code = run.start(fault="poison 6 1000").wait()
     require(code == 3, f"exit {code}, expected 3: {run.log()}")
     ids = [id_ for event in run.events("refused") for id_ in event["examples"]]
     require(len(run.events("refused")) == 3, "expected three refusals")
     require(ids and all(id_ in run.said() for id_ in ids), "the message does not name the examples")
-    return f"2 refused steps left {len(trained)} leaves as they were; 3 in a row: exit 3, {len(ids)} examples named"
+    return (
+        f"2 steps and a spike refused, {len(trained)} leaves as before; 3 in a row: exit 3, {len(ids)} examples named"
+    )
 
 
 def t9(lab: Lab) -> str:

@@ -8,9 +8,11 @@
       step_00000140.partial/    being written, or left by a run that was killed
 
 Orbax copies the arrays to the host and goes on in threads; another one waits for it, hashes every file, writes
-SHA256SUMS and gives the folder its name. That rename is the commit. Orbax alone restores most flipped bits of its files
-without an error, and its CheckpointManager counts a damaged step among those that it keeps, so folders, retention and
-verification are here and only the arrays are Orbax's.
+SHA256SUMS and gives the folder its name. That rename is the commit: a kill loses what came after the last one, at most
+an interval between saves and the steps made while a save is written.
+
+Orbax alone restores most flipped bits of its files without an error, and its CheckpointManager counts a damaged step
+among those that it keeps, so folders, retention and verification are here and only the arrays are Orbax's.
 """
 
 from __future__ import annotations
