@@ -547,7 +547,7 @@ CASES: dict[str, tuple[Callable[[Bench], Awaitable[Figures]], float]] = {
 
 
 def poisoned(folder: Path) -> Path:
-    """Copy the embedded checkpoint with NaN in the embedding of `POISON`; its lm_head is the embeddings as they were."""
+    """Copy the embedded checkpoint with NaN in the embedding of `POISON`; lm_head is the embeddings as they were."""
     shutil.copytree(DEMO, folder)
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
