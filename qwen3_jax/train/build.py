@@ -222,9 +222,18 @@ class Build:
     def _ops(self) -> Ops:
         platform = jax.default_backend()
         if self.mesh is None:
-            return for_platform(platform)
+            return training_ops(platform)
         # The CPU's own formulation is for one device.
-        return on_mesh(XLA if platform == "cpu" else for_platform(platform), self.mesh, RULE)
+        return on_mesh(XLA if platform == "cpu" else training_ops(platform), self.mesh, RULE)
+
+
+def training_ops(platform: str) -> Ops:
+    """Return the formulation that trains on one device of a platform; TPUs have another attention for it."""
+    if platform == "tpu":
+        from qwen3_jax.ops import splash
+
+        return for_platform(platform)._replace(attend=splash.attend)
+    return for_platform(platform)
 
 
 def _model_of(config: TrainConfig) -> tuple[Qwen3Config, Path | None]:
