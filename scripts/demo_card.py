@@ -18,17 +18,18 @@ pipeline_tag: text-generation
 
 # A tiny Qwen3 that reasons
 
-{parameters:.1f} M parameters in Qwen3's architecture, trained from nothing on generated problems with checkable answers:
-arithmetic with carries, comparing, sorting, counting, days and dates, stories and follow-up questions, in English,
-Japanese and Korean. It thinks in `<think>`, digit by digit; `/no_think` or `enable_thinking=False` asks for the answer
-alone; a thinking budget cuts the reasoning short. It knows nothing else.
+{parameters:.1f} M parameters in Qwen3's architecture, trained from nothing on generated problems with answers that can
+be checked: arithmetic with carries, comparing, sorting, counting, days and dates, stories and follow-up questions, in
+English, Japanese and Korean. It thinks in `<think>`, digit by digit; `/no_think` or `enable_thinking=False` asks for
+the answer alone; a thinking budget cuts the reasoning short. It knows nothing else.
 
 Made by `scripts/make_demo.sh` of qwen3_jax: pre-training on plain text, long-thinking fine-tuning, fusion of thinking
 and non-thinking. One problem in sixteen, chosen by a hash, is held out of every stage, in any language and phrasing.
 
 ## Held-out problems
 
-Right answers in per cent, with 95% intervals (Wilson): `qwen3-jax eval {model} --problems {problems} --seed {seed}`.
+Right answers in per cent, with 95% intervals (Wilson):
+`qwen3-jax eval {model} --output DIR --problems {problems} --seed {seed}`.
 
 {tables}
 ![Right answers by thinking budget](budget.png)
