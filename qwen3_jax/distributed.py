@@ -40,6 +40,8 @@ REMEDIES = {"config": "give all the same config.json", "options": "give all the 
 
 T = TypeVar("T")
 
+_JOINED: list[Cluster] = []
+
 
 class ClusterError(ValueError):
     """Processes that cannot work together: one line, naming the process and its host."""
@@ -395,6 +397,18 @@ def start(cluster: Cluster | None, *, timeout_s: float = 300) -> None:
     if problems := differences(attendance.roster):
         raise ClusterError("; ".join(problems))
     connect(cluster, timeout_s=timeout_s)
+    _JOINED.append(cluster)
+
+
+def joined() -> Cluster:
+    """Return the cluster that `start` joined.
+
+    Raises:
+        ClusterError: this process has joined none.
+    """
+    if not _JOINED:
+        raise ClusterError("this process has joined no others: call qwen3_jax.distributed.start first")
+    return _JOINED[-1]
 
 
 def connect(cluster: Cluster, *, timeout_s: float, heartbeat_s: float = HEARTBEAT_S) -> None:

@@ -1,13 +1,22 @@
 """The engine on a mesh says what it says on one device: on eight devices, and in two processes of four."""
 
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
 from qwen3_jax.engine.engine import Engine
+from qwen3_jax.engine.lockstep import LOST_EXIT, pack, unpack
 from qwen3_jax.engine.options import EngineOptions
 from qwen3_jax.generate import Generator
 from qwen3_jax.loaded import load_model
 from qwen3_jax.sampling_params import SamplingParams
+from tests import engine_job
 from tests.engines import ask, write
+from tests.ports import free_port
 
 TEXTS = ["The sky", "Once upon a time there was", "1 + 1 =", "x", "Hello, " * 9, "a"]
 OPTIONS = EngineOptions(rows=4, page_tokens=8, chunk_tokens=32, cache_tokens=384, decode_tokens=4)
@@ -21,6 +30,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow  # eleven programs for eight devices
 def test_eight_devices_say_what_one_says(folder, tmp_path_factory):
     """Rows over `data` and `expert`, heads over `model`; the cache's pages are whole on every device, of its heads."""
     cache = tmp_path_factory.getbasetemp() / "xla"
@@ -40,3 +50,74 @@ def test_eight_devices_say_what_one_says(folder, tmp_path_factory):
     assert engine.device.compiles == compiled
     pages = engine.device._cache[0]["k"]
     assert pages.sharding.shard_shape(pages.shape)[0] == 2  # of 4 heads
+
+
+def pair(folder, cache, *more: str) -> list[subprocess.Popen[str]]:
+    common = os.environ | {"QWEN3_COORDINATOR": f"127.0.0.1:{free_port()}", "QWEN3_NUM_PROCESSES": "2"}
+    common["XLA_FLAGS"] = ""
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.engine_job", str(folder), str(cache), *more],
+            env=common | {"QWEN3_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def test_two_processes_say_what_one_says_and_a_lost_one_ends_the_other(folder, tmp_path):
+    """In lockstep over both; then the second dies in a long text: an error for its listener, and a clear end."""
+    options = {"max_tokens": 8, "temperature": 0.0}
+    expected = Generator.from_folder(folder, dtype="float32", cache="off").generate(engine_job.TEXTS, **options)
+    first, second = processes = pair(folder, tmp_path, "stay")
+    try:
+        assert json.loads(first.stdout.readline() or first.stderr.read()) == [list(c.token_ids) for c in expected]
+        assert first.stdout.readline() == "begun\n"
+        second.kill()
+        error, failure = json.loads(first.stdout.readline())
+        assert error == f"the engine failed: {failure}"
+        assert failure == "process 1 is gone: look at its log, and start all processes again"
+        assert first.wait(60) == LOST_EXIT
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_without_process_0_the_others_end(folder, tmp_path):
+    first, second = processes = pair(folder, tmp_path, "stay")
+    try:
+        assert first.stdout.readline()
+        assert first.stdout.readline() == "begun\n"
+        first.kill()
+        assert second.wait(60) == LOST_EXIT
+        assert "process 0 is gone" in second.stderr.read()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_end_together(folder, tmp_path):
+    processes = pair(folder, tmp_path)
+    try:
+        outs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outs
+
+
+def test_a_call_survives_its_journey():
+    seat = {"bias": np.ones((1, 3), np.float32), "ids": np.arange(4, dtype=np.int32)[None], "flag": np.array([True])}
+    frame = pack("join", (np.int32(3), seat, "all", np.zeros((0, 2), np.uint32)))
+    size = int.from_bytes(frame[:4], "little")
+    name, (row, taken, sampler, nothing) = unpack(frame[8 : 8 + size], frame[8 + size :])
+    assert (name, row, sampler, nothing.shape) == ("join", 3, "all", (0, 2))
+    for key, value in seat.items():
+        np.testing.assert_array_equal(taken[key], value)
+        assert taken[key].dtype == value.dtype

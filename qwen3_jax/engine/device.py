@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qwen3_jax import distributed
 from qwen3_jax.engine.observer import Observer
 from qwen3_jax.engine.options import CACHE_CONTEXT, EngineOptionError, EngineOptions
 from qwen3_jax.engine.programs import DECODES, Programs, Seat, row_names, samplers, seat
@@ -65,6 +66,8 @@ class Device:
         self.compiles, self.compile_s = 0, 0.0
         self.buckets = _buckets(options)
         self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        # Gloo mixes the messages of programs that run side by side.
+        self._one_by_one = jax.process_count() > 1 and platform == "cpu"
         self._programs: dict[tuple[Any, ...], Any] = {}
         self._functions = Programs(self.steps, options.decode_tokens, options.chunk)
         empty = lambda pages: ops.init_cache(  # noqa: E731
@@ -73,7 +76,7 @@ class Device:
         page = jax.eval_shape(lambda: empty(0))  # the scratch page alone
         layers = config.num_hidden_layers
         self.page_bytes = layers * sum(math.prod(a.shape) * a.dtype.itemsize for a in page.values())
-        self.pages = _pages(options, config.max_position_embeddings, self.page_bytes)
+        self.pages = int(distributed.share(_pages(options, config.max_position_embeddings, self.page_bytes)))
         chunk_pages = -(-options.chunk // options.page_tokens)
         longest = min(-(-config.max_position_embeddings // options.page_tokens), self.pages)
         self.columns = longest + chunk_pages  # the padding of a last chunk writes behind it, to the scratch page
@@ -138,6 +141,10 @@ class Device:
         self._state, self._edits, out = self._call("draw", args, donate=(1, 2), key=(), sampler=self.samplers["all"])
         return out
 
+    def scrub(self, table: np.ndarray) -> None:
+        """Fill the pages of a sequence that broke with zeros; its table [columns]."""
+        self._cache = self._call("scrub", (self._cache, table), donate=(0,), key=())
+
     # Compiling
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
@@ -159,7 +166,8 @@ class Device:
         tell("decode under grammars")
         self.forward(table, nobody)
         self.draw(nobody, known[0], nobody, np.zeros((B, -(-V // 32)), np.uint32))
-        jax.block_until_ready(self._state)
+        self.scrub(table[0])
+        jax.block_until_ready((self._cache, self._state))
         self._state, self._rows, self._edits = self._empty()
 
     def wait(self) -> None:
@@ -180,7 +188,8 @@ class Device:
             spent = time.perf_counter() - began
             self.compiles, self.compile_s = self.compiles + 1, self.compile_s + spent
             self.observer.compiled(f"{name} {key}" if key else name, spent)
-        return program(*args)
+        out = program(*args)
+        return jax.block_until_ready(out) if self._one_by_one else out
 
     def _out_shardings(self, name: str) -> Any:
         whole = self._everywhere
@@ -189,6 +198,7 @@ class Device:
             "prefill": (cache, whole, whole),
             "decode": (cache, whole, whole, whole),
             "forward": (cache, whole),
+            "scrub": cache,
         }.get(name, whole)
 
     def _edits_of(self, name: str) -> dict[str, jax.Array]:

@@ -19,11 +19,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from qwen3_jax import distributed
 from qwen3_jax.engine.device import Device
 from qwen3_jax.engine.job import Grammar, Job
+from qwen3_jax.engine.lockstep import Leader
 from qwen3_jax.engine.observer import Observer
 from qwen3_jax.engine.options import EngineOptions
 from qwen3_jax.engine.programs import DECODES, STOP_IDS, seat
@@ -71,8 +73,9 @@ class Engine:
         self.observer = Observer() if observer is None else observer
         self.requests = Requests(model.config, model.tokenizer)
         self.failure: BaseException | None = None
-        self.device = Device(model, EngineOptions() if options is None else options, self.observer)
-        self.options = options = self.device.options
+        device = Device(model, EngineOptions() if options is None else options, self.observer)
+        self.device = device if jax.process_count() == 1 else Leader(device, self._lost)
+        self.options = options = device.options
         self._scheduler = Scheduler(
             rows=options.rows,
             pages=self.device.pages,
@@ -150,7 +153,14 @@ class Engine:
         return Ticket(request_id or str(number), lambda: self._tell(lambda: self._abort(number)))
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
-        """Run a function on the engine's thread between two steps; for other work on the device."""
+        """Run a function on the engine's thread between two steps; for other work on the device.
+
+        Raises:
+            EngineStopped: as for `submit`.
+            EngineError: the engine spans several processes.
+        """
+        if isinstance(self.device, Leader):
+            raise EngineError("other work than generation needs a single process: the others do not follow it")
         future: Future[T] = Future()
 
         def run() -> None:
@@ -201,6 +211,8 @@ class Engine:
             self._news.notify_all()
         if self._thread is not None:
             self._thread.join()
+        if isinstance(self.device, Leader):
+            self.device.close()
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **changes: Any
@@ -287,6 +299,8 @@ class Engine:
                 self._turn()
             self._end_all("abort", None)
         except BaseException as error:
+            if self.failure is not None:
+                return  # another process is gone, and everybody has been told
             log.exception("the engine failed")
             self.failure = error
             self._end_all("error", f"the engine failed: {type(error).__name__}: {error}")
@@ -446,6 +460,7 @@ class Engine:
             if BROKEN in ids:
                 failed.append(number)
                 self.observer.corrupted()
+                self._scrub(job)
             update, new = job.take(ids, len(entry.known), values, row, now, self.observer)
             tokens[number], total = new, total + len(new)
             if job.over:
@@ -458,9 +473,17 @@ class Engine:
             self._finish(job, update)
         return now - began, total
 
+    def _scrub(self, job: Job) -> None:
+        """Clean the pages of a sequence that broke, before the scheduler gives them to somebody else."""
+        table = np.full(self.device.columns, self.device.pages, np.int32)
+        pages = job.sequence.pages
+        table[: len(pages)] = pages
+        self.device.scrub(table)
+
     def _finish(self, job: Job, update: Update) -> None:
         """Hand out a job's last update and forget it."""
-        del self._jobs[job.sequence.id]
+        if self._jobs.pop(job.sequence.id, None) is None:
+            return
         assert update.stats is not None
         assert update.completion is not None
         self.observer.finished(update.stats, finish_reason=update.completion.finish_reason)
@@ -472,6 +495,12 @@ class Engine:
         except Exception:
             log.exception("the listener of request %d failed; its request is given up", job.sequence.id)
             self._tell(lambda: self._abort(job.sequence.id))
+
+    def _lost(self, reason: str) -> None:
+        """Answer everybody when another process is gone, from its watcher's thread: the engine's may wait for ever."""
+        if self.failure is None:
+            self.failure = distributed.ClusterError(reason)
+            self._end_all("error", f"the engine failed: {reason}")
 
     def _end_all(self, reason: str, error: str | None) -> None:
         """End every request and call; nothing is left without an answer."""

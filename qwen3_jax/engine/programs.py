@@ -170,6 +170,10 @@ class Programs:
         state, edits = _without_edits(state, after, active, edits)
         return state, edits, jax.tree.map(lambda x: x[None], emitted)
 
+    def scrub(self, cache: Cache, table: jax.Array) -> Cache:
+        """Fill the pages of a row's table [columns] with zeros; the cache is donated."""
+        return paged.scrubbed(cache, table)
+
 
 def _with_edits(state: State, rows: Rows, edits: Edits) -> tuple[State, Rows]:
     if not edits:

@@ -10,8 +10,9 @@ Formulations of the three cache operations, chosen by platform in `paged`:
     blocks  walks the table in blocks with a running softmax, as far as the longest row; what a CPU runs fast
     TPU and GPU decode with JAX's own kernels and prefill in blocks
 
-Slots above a row's position are never used, whatever they hold: their values are replaced by zeros before they meet a
-probability of zero, so a sequence whose numbers broke cannot break the next owner of its pages.
+Blocks never use slots above a row's position, whatever they hold: their values are replaced by zeros before they meet a
+probability of zero. The kernels multiply NaN by zero, so the pages of a sequence whose numbers broke are `scrubbed`
+before somebody else gets them.
 
 Axis letters: B rows, T query length, K kv heads, G query heads of one of them, N = K*G, H head_dim, P pages, S slots.
 """
@@ -33,6 +34,8 @@ Layers = list[LayerCache]
 CACHE_AXES = {"k": "kv_heads slots slots head_dim", "v": "kv_heads slots slots head_dim"}
 DECODE_SLOTS = 512  # slots of all rows that a block of decoding gathers: small enough to stay in a core's cache
 PREFILL_SLOTS = 256
+TPU_PAGES = 16  # pages of a row per block of the TPU's kernel
+GPU_PAGES, GPU_SPLITS = 8, 16  # the same for the GPU's, and the parts of a row that run side by side
 _MASKED = -1e30
 
 
@@ -66,6 +69,11 @@ def update(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array) -> L
         return cache | {"k": _put(cache, "k", k, start, 1), "v": _put(cache, "v", v, start, 1)}
     padding = ((0, 0), (0, -T % page), (0, 0), (0, 0))
     return cache | {name: _put(cache, name, jnp.pad(new, padding), start, page) for name, new in (("k", k), ("v", v))}
+
+
+def scrubbed(pages: Layers, table: jax.Array) -> Layers:
+    """Fill the pages of a table [columns] with zeros, so that NaN in them meets nobody's probability of zero."""
+    return jax.tree.map(lambda array: array.at[:, table].set(0), pages)
 
 
 def _put(cache: LayerCache, name: str, new: jax.Array, start: jax.Array, size: int) -> jax.Array:
@@ -110,8 +118,7 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
     G = N // K
     count = max(1, (DECODE_SLOTS // B if T == 1 else PREFILL_SLOTS) // page)  # pages of a row per block
     size = count * page
-    table = cache["table"]
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % count)), mode="edge")
+    table = _columns(cache, count)
     queries = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, H).astype(cache["k"].dtype)
     last = jnp.max(positions, axis=1)
 
@@ -135,6 +142,51 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
     _, total, context = lax.fori_loop(0, jnp.max(last) // size + 1, block, state)
     out = (context / total).reshape(K, B, G, T, H).transpose(1, 3, 0, 2, 4)
     return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def attend_tpu(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+    """Attend one token per row with JAX's paged attention for TPU, more in blocks; see `Ops.attend_cache`."""
+    if q.shape[1] > 1:
+        return attend_blocks(q, cache, positions, scale)
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    with jax.numpy_dtype_promotion("standard"):  # the kernel mixes its dtypes
+        out = paged_attention(
+            (q[:, 0].astype(jnp.float32) * scale).astype(q.dtype),
+            cache["k"],
+            cache["v"],
+            positions[:, 0] + 1,
+            _columns(cache, TPU_PAGES),
+            pages_per_compute_block=TPU_PAGES,
+        )
+    return out[:, None].astype(q.dtype)
+
+
+def attend_gpu(
+    q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float, *, interpret: bool = False
+) -> jax.Array:
+    """Attend one token per row with JAX's paged attention for GPU, more in blocks; see `Ops.attend_cache`."""
+    if q.shape[1] > 1:
+        return attend_blocks(q, cache, positions, scale)
+    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+
+    out = paged_attention(
+        (q[:, 0].astype(jnp.float32) * scale).astype(q.dtype),
+        cache["k"],
+        cache["v"],
+        _columns(cache, GPU_SPLITS * GPU_PAGES),
+        positions[:, 0] + 1,
+        pages_per_compute_block=GPU_PAGES,
+        k_splits=GPU_SPLITS,
+        interpret=interpret,
+    )
+    return out[:, None].astype(q.dtype)
+
+
+def _columns(cache: LayerCache, multiple: int) -> jax.Array:
+    """Return the table with its columns padded by the scratch page."""
+    table, scratch = cache["table"], cache["k"].shape[1] - 1
+    return jnp.pad(table, ((0, 0), (0, -table.shape[1] % multiple)), constant_values=scratch)
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
@@ -167,7 +219,7 @@ def paged(ops: Ops, *, platform: str, mesh: Mesh | None = None, rules: Rules | N
         # Everything that a CPU does to bfloat16 but multiply is done in float32, on a widened copy: see `ops.cpu`.
         return init(pages, page_tokens, kv_heads, head_dim, jnp.dtype(jnp.float32) if platform == "cpu" else dtype)
 
-    write, read = update, attend_blocks
+    write, read = update, {"tpu": attend_tpu, "gpu": attend_gpu, "cuda": attend_gpu}.get(platform, attend_blocks)
     if mesh is not None and rules is not None:
         write, read = _on_mesh(write, read, mesh, rules)
     return ops._replace(init_cache=init_cache, update_cache=write, attend_cache=read, cache_axes=CACHE_AXES)
