@@ -3,6 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -100,7 +101,7 @@ def test_engine_and_generator_give_the_same_outcomes():
 
     model = load_model(DEMO, dtype="float32")
     problems = harness.draw([Task("count"), Task("weekday")], 3, seed=0)
-    settings = {"max_tokens": 12, "seed": 0}
+    settings: dict[str, Any] = {"max_tokens": 12, "seed": 0}
     modes = [Mode(False), Mode(True, 5), Mode(True, sampled=True)]
     generator = harness.through_generator(Generator.of(model), batch_size=4)
     expected = harness.evaluate(generator, model.template, GREEDY, problems, modes, **settings)
