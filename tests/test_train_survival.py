@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from scripts import soak_train
-from scripts.soak_train import EXIT_HUNG, EXIT_STOPPED, SAVE_EVERY, STEPS, Lab
+from scripts.soak_lab import EXIT_HUNG, EXIT_STOPPED, SAVE_EVERY, STEPS, Lab
 
 
 @pytest.fixture(scope="module")
