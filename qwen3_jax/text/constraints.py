@@ -10,6 +10,8 @@ of the vocabulary without a token are never allowed. The end tokens are allowed 
 
 import hashlib
 import json
+import math
+import signal
 import subprocess
 import sys
 import threading
@@ -66,7 +68,7 @@ class Constraints:
         self._text = self._bits(sorted(set(range(tokenizer.vocab_size)) - set(tokenizer.special.values())))
 
     def compile(self, constraint: Constraint, *, timeout_s: float = 5.0) -> "Grammar":
-        """Compile a constraint, or find it in the cache. Blocks for at most `timeout_s`, plus starting a process.
+        """Compile a constraint, or find it in the cache; `timeout_s` of CPU, and four times as long on a busy machine.
 
         Raises ConstraintError in one line: malformed, unsupported, impossible, or too much work.
         """
@@ -122,15 +124,20 @@ class Constraints:
 
         program = Path(__file__).with_name("grammar_check.py")
         command = [sys.executable, "-I", str(program), str(Path(llguidance.__file__).parents[1])]
-        request = json.dumps({"grammar": made.text, "limits": LIMITS, "tags": len(self._tags)})
-        if not self._checks.acquire(timeout=timeout_s):
+        request = json.dumps(
+            {"grammar": made.text, "limits": LIMITS, "tags": len(self._tags), "seconds": math.ceil(timeout_s)}
+        )
+        late = ConstraintError(f"the grammar did not compile within {timeout_s:g} s: simplify it")
+        if not self._checks.acquire(timeout=4 * timeout_s):
             raise ConstraintError(f"{CHECKS} grammars are being compiled: send the request again")
         try:
-            ran = subprocess.run(command, input=request.encode(), capture_output=True, timeout=timeout_s)
+            ran = subprocess.run(command, input=request.encode(), capture_output=True, timeout=4 * timeout_s)
+            if ran.returncode == -signal.SIGXCPU:
+                raise late
             said = json.loads(ran.stdout) if ran.returncode == 0 else {}
         except subprocess.TimeoutExpired:
-            raise ConstraintError(f"the grammar did not compile within {timeout_s:g} s: simplify it") from None
-        except (OSError, ValueError) as e:
+            raise late from None
+        except (OSError, json.JSONDecodeError) as e:
             raise ConstraintError(f"the grammar cannot be checked: {one_line(e)}") from None
         finally:
             self._checks.release()

@@ -60,6 +60,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     request = json.loads(sys.stdin.buffer.read())
+    # SIGXCPU ends this process when the time is up, in seconds of CPU besides those that starting took.
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    resource.setrlimit(resource.RLIMIT_CPU, (request["seconds"] + int(used.ru_utime + used.ru_stime), -1))
     said: dict[str, object] = {}
     threading.stack_size(STACK_BYTES)
     arguments = (request["grammar"], request["limits"], request["tags"], said)
