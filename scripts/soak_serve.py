@@ -64,7 +64,7 @@ class Server:
         out = subprocess.DEVNULL if limit_kib else log.open("wb")
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
-    async def ready(self, seconds: float = 300) -> None:
+    async def ready(self, seconds: float = 600) -> None:
         """Wait until it answers."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
@@ -599,7 +599,7 @@ async def run(names: list[str], scale: float) -> int:
                 case, seconds = CASES[name]
                 began = time.monotonic()
                 try:
-                    figures = await asyncio.wait_for(case(bench), seconds + 120)  # and what a server takes to start
+                    figures = await asyncio.wait_for(case(bench), seconds + 600)  # and what servers take to start
                     said, holds = "  ".join(f"{k}={shown(v)}" for k, v in figures.items()), "holds"
                 except (Broken, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
                     said, holds = f"{type(error).__name__}: {error}", "BROKEN"
