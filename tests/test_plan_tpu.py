@@ -130,6 +130,11 @@ def test_sampling_does_not_collect_logits(sampling):
         assert math.prod(int(n) for n in shape.split(",")) < config.vocab_size // 4, shape
 
 
+def test_a_mesh_may_cut_an_axis_of_the_torus():
+    devices = compile.devices_of(chips.topology("v6e:8x8"))
+    assert make_mesh(expert=16, model=4, devices=devices).shape["expert"] == 16
+
+
 def test_auto_compiles_few_layers_to_choose_and_says_why_the_others_lose(tmp_path):
     data = Qwen3Config.from_name("Qwen3-0.6B").to_dict() | {"num_hidden_layers": 6, "max_window_layers": 6}
     (tmp_path / "config.json").write_text(json.dumps(data))
