@@ -59,7 +59,8 @@ class Counted(Observer):
 def built(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     hf = write(path)
-    return load_model(path, dtype="float32", cache="off"), hf
+    cache = tmp_path_factory.getbasetemp() / "xla"  # shared with test_engine_determinism
+    return load_model(path, dtype="float32", cache=cache), hf
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,12 @@ def engine(built):
 @pytest.fixture(scope="module")
 def generator(built):
     return Generator.of(built[0])
+
+
+@pytest.fixture(scope="module")
+def greedy(generator):
+    """What the Generator says to TEXTS, 25 tokens each."""
+    return generator.generate(TEXTS, max_tokens=25)
 
 
 @pytest.fixture
@@ -89,6 +96,13 @@ def same(ours, theirs) -> None:
             b.reasoning, b.answer, b.finish_reason, b.stop_reason
         )  # fmt: skip
         assert a.usage == b.usage
+
+
+def begin(ours, theirs) -> None:
+    """Check tokens that may end before the others do."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.token_ids == b.token_ids[: len(a.token_ids)]
+        assert a.token_ids
 
 
 def test_greedy_tokens_and_logprobs_equal_transformers(engine, built):
@@ -119,27 +133,27 @@ def test_greedy_tokens_and_logprobs_equal_transformers(engine, built):
         np.testing.assert_allclose([t.top[0][1] for t in prompt[1:]], best, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"temperature": 1.0, "top_k": 20, "top_p": 0.9},
-        {"temperature": 0.8},
-        {"temperature": 1.0, "presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
-        {"temperature": 1.0, "logit_bias": {70: 5.0, 71: -5.0}, "min_tokens": 9, "logprobs": 0},
-        {"temperature": 0.7, "thinking_budget": 5, "top_k": 40},
-        {"temperature": 0.7, "thinking_budget": 0},
-    ],
-    ids=lambda c: next(iter(c)) if len(c) == 1 else list(c)[1],
-)
-def test_drawn_tokens_equal_the_generators(engine, generator, changes):
-    settings = {"max_tokens": 30, "seed": 11} | changes
-    same(
-        engine.generate(TEXTS[:5], SamplingParams(), **settings),
-        generator.generate(TEXTS[:5], SamplingParams(), **settings),
-    )
+def test_drawn_tokens_equal_the_generators(engine, generator):
+    """Every kind of parameter; the Generator runs what needs the same program as one batch, the engine all at once."""
+    alike = {
+        "bounded": [{"top_k": 20, "top_p": 0.9}, {"top_k": 40, "thinking_budget": 5}, {"top_k": 1}, {"top_k": 64}],
+        "whole": [{}, {"top_p": 0.8}, {"min_p": 0.1, "temperature": 0.7}, {"thinking_budget": 0}],
+        "all": [
+            {"presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
+            {"logit_bias": {70: 5.0, 71: -5.0}, "min_tokens": 9, "logprobs": 0},
+            {"logprobs": 2, "top_p": 0.5},
+            {"temperature": 0.0, "repetition_penalty": 1.3},
+        ],
+    }
+    each = {
+        kind: [SamplingParams(temperature=1.0, max_tokens=30, seed=11).replace(**c) for c in changes]
+        for kind, changes in alike.items()
+    }
+    theirs = [c for params in each.values() for c in generator.generate(TEXTS[:4], params)]
+    same(engine.generate(TEXTS[:4] * 3, [p for params in each.values() for p in params]), theirs)
 
 
-def test_rows_that_want_different_programs_share_a_batch(engine, generator):
+def test_rows_that_want_different_programs_share_a_batch(engine, greedy):
     """A row's neighbours change programs as they come and go; a biased row leaves nothing to the next owner."""
     each = [
         SamplingParams(temperature=0.0, max_tokens=25),
@@ -148,19 +162,26 @@ def test_rows_that_want_different_programs_share_a_batch(engine, generator):
         SamplingParams(temperature=1.0, top_p=0.8, max_tokens=12, seed=2, logprobs=1),
         SamplingParams(temperature=0.0, max_tokens=20, repetition_penalty=1.3),
         SamplingParams(temperature=0.0, max_tokens=20),
-    ] * 2
-    texts = TEXTS * 2
-    same(engine.generate(texts, each), generator.generate(texts, each))
+    ]
+    one_by_one = [engine.generate([text], [params])[0] for text, params in zip(TEXTS, each, strict=True)]
+    begin([one_by_one[0], one_by_one[5]], [greedy[0], greedy[5]])
+    assert one_by_one[2].token_ids == (80, 80, 80)
+    same(engine.generate(TEXTS * 2, each * 2), one_by_one * 2)
 
 
-def test_stop_strings_cut_exactly(engine, generator):
-    free = engine.generate(TEXTS[:1], max_tokens=16)[0].text
+def test_stop_strings_cut_exactly(engine, greedy):
+    """Within tokens and across them, several tokens per call: the text before the stop, to the character."""
+    free = greedy[2].text
     stops = [free[i : i + 3] for i in range(1, len(free) - 3, 4) if "\ufffd" not in free[i : i + 3]][:3]
     assert stops
     for stop in stops:
-        for kept in (False, True):
-            settings = {"max_tokens": 16, "stop": [stop], "include_stop_str_in_output": kept}
-            same(engine.generate(TEXTS[:1], **settings), generator.generate(TEXTS[:1], **settings))
+        cut, kept = (
+            engine.generate([TEXTS[2]], max_tokens=25, stop=[stop], include_stop_str_in_output=keep)[0]
+            for keep in (False, True)
+        )
+        assert (cut.text, cut.finish_reason, cut.stop_reason) == (free[: free.index(stop)], "stop", stop)
+        assert kept.text == free[: free.index(stop) + len(stop)]
+        begin([cut, kept], [greedy[2]] * 2)
 
 
 def test_updates_add_up_to_the_completion(engine, counted):
@@ -179,7 +200,7 @@ def test_updates_add_up_to_the_completion(engine, counted):
     assert [reason for reason, _ in counted.finishes] == ["length"] * len(TEXTS)
 
 
-def test_a_cancelled_request_frees_its_pages_and_harms_nobody(engine, generator):
+def test_a_cancelled_request_frees_its_pages_and_harms_nobody(engine, greedy):
     long = [ask(engine, text, max_tokens=300) for text in TEXTS[:2]]
     others = [ask(engine, text, max_tokens=20) for text in TEXTS]
     late = ask(engine, TEXTS[4], max_tokens=200)
@@ -188,18 +209,21 @@ def test_a_cancelled_request_frees_its_pages_and_harms_nobody(engine, generator)
     for h in (*long, *long):
         h.ticket.cancel()
     assert [h.wait().finish_reason for h in (*long, late)] == ["abort"] * 3
-    same([h.wait() for h in others], generator.generate(TEXTS, max_tokens=20))
+    begin([h.wait() for h in others], greedy)
     assert tuple(long[0].tokens) == long[0].wait().token_ids
     assert settled(engine)
 
 
-def test_preempted_sequences_say_the_same(engine, generator, counted):
+def test_preempted_sequences_say_the_same(engine, counted):
     """Four rows want 60 pages together, the cache has 48."""
     texts = [t + " " for t in (*TEXTS[:4], *TEXTS[:4])]
     for settings in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 4, "presence_penalty": 0.4}):
         settings = {"max_tokens": 115, **settings}
-        same(engine.generate(texts, **settings), generator.generate(texts, **settings))
-    assert counted.preemptions > 0
+        alone = [engine.generate([text], **settings)[0] for text in texts]
+        assert not counted.preemptions
+        same(engine.generate(texts, **settings), alone)
+        assert counted.preemptions > 0
+        counted.preemptions = 0
     assert settled(engine)
 
 
@@ -237,7 +261,7 @@ def test_urgent_requests_go_first(engine):
     assert order == [3, 2, 0, 1]
 
 
-def test_a_grammar_binds_the_answer_only(engine, generator):
+def test_a_grammar_binds_the_answer_only(engine, greedy):
     """Alone, beside free rows, after thinking that a budget ends; the neighbours do not notice."""
     end = engine.model.tokenizer.stop_ids[0]
     sets = [[300, 301, 302], [400, 401], [500, 501, 502, 503]]
@@ -258,7 +282,7 @@ def test_a_grammar_binds_the_answer_only(engine, generator):
         assert completion.finish_reason == "stop"
     thought = ask(engine, "<think>\n", thinking_budget=6, **settings).wait().token_ids
     assert tuple(bound[1].tokens[: 4 + len(tags.stop_ids)]) == thought[: 4 + len(tags.stop_ids)]
-    same([h.wait() for h in free], generator.generate(TEXTS[:3], max_tokens=25))
+    begin([h.wait() for h in free], greedy[:3])
 
 
 def test_a_grammar_decides_the_first_token_or_lets_it_think(engine):
@@ -275,7 +299,7 @@ def test_a_grammar_decides_the_first_token_or_lets_it_think(engine):
     assert set(plain.tokens[:3]) <= {300, 301}
 
 
-def test_logits_that_are_not_finite_end_one_request(engine, generator, counted):
+def test_logits_that_are_not_finite_end_one_request(engine, greedy, counted):
     """The embedding of an id that no tokenizer gives is broken; whoever has it in the prompt fails, nobody else."""
     model = engine.device.model
     table = np.asarray(model.params["embed_tokens"]).copy()
@@ -291,11 +315,10 @@ def test_logits_that_are_not_finite_end_one_request(engine, generator, counted):
     assert settled(engine)
     after = engine.generate(TEXTS, max_tokens=20)  # on the pages that held NaN
     engine.call(lambda: setattr(engine.device, "model", model)).result()
-    expected = generator.generate(TEXTS, max_tokens=20)
     assert [c.finish_reason for c in ends] == ["error", "length", "error", *["length"] * 3]
     assert counted.corruptions == 2
-    same([ends[1], *ends[3:]], expected[:4])
-    same(after, expected)
+    begin([ends[1], *ends[3:]], greedy[:4])
+    begin(after, greedy)
 
 
 def test_a_thousand_mixed_requests_compile_nothing(engine, counted):
@@ -330,6 +353,18 @@ def test_a_thousand_mixed_requests_compile_nothing(engine, counted):
     assert not [event for event in events if "backend_compile" in event]
     jax.jit(lambda x: x * 3)(np.ones(3))
     assert [event for event in events if "backend_compile" in event]  # the listener does listen
+
+
+def test_no_step_copies_the_cache(engine):
+    """What is donated is written in place, in every program that writes."""
+    pages = engine.device._cache[0]["k"]
+    shape = "f32[" + ",".join(map(str, pages.shape)) + "]"
+    for (name, key), program in engine.device._programs.items():
+        if name in ("prefill", "decode", "forward"):
+            lines = program.as_text().splitlines()
+            assert not [line for line in lines if " copy(" in line and shape in line.split(" copy(")[0]], (name, key)
+            layers = engine.model.config.num_hidden_layers
+            assert program.memory_analysis().alias_size_in_bytes >= 2 * layers * pages.nbytes
 
 
 def test_calls_run_between_steps(engine):
