@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import signal
 
 import jax
@@ -14,6 +15,7 @@ import transformers
 
 from qwen3_jax import checkpoint
 from qwen3_jax.config import Qwen3Config
+from qwen3_jax.plan.chips import ChipError
 from qwen3_jax.train import config as configs
 from qwen3_jax.train import loop, plot, stacked, throughput, writers
 from qwen3_jax.train.data import Loader
@@ -181,6 +183,26 @@ def test_refused_steps_end_the_run_with_their_examples(make, caplog):
     assert (folder / loop.CHECKPOINTS).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["stages.1.length=600"], "stages.1.length 600 is above the model's max_position_embeddings 512"),
+        (["objective.balance_groups=3"], "objective.balance_groups 3 does not divide the 2 rows of a micro-batch"),
+        (["objective.balance_loss=0.1"], "objective.balance_loss and router_z_loss are for routers"),
+        (["objective.name=dpo"], "objective.name 'dpo' is unknown: use pretrain, sft"),
+        (["schedule.warmup=100"], "schedule.warmup 100 + decay 0 = 100 updates, the stage has 12: shorten them"),
+        (["run.mesh='fsdp=8'"], "stages.0: 2 rows of a micro-batch do not divide over data × fsdp × expert 8"),
+        (["run.mesh='model=4,fsdp=2'"], "num_key_value_heads 2 is below model 4"),
+        (["model.tokenizer=/nowhere"], "model.tokenizer /nowhere: has no tokenizer.json"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(make, changes, says):
+    config = make("refusals", *changes)
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        loop.Build(config)
+    assert type(caught.value) is not ValueError
+
+
 def test_a_run_is_drawn(whole, tmp_path):
     _, folder, _, _ = whole
     assert plot.write([folder]) == folder / "plot.png"
@@ -234,6 +256,8 @@ def test_utilisation_is_that_of_the_paper():
     flops = 6 * weights + attention
     assert rates["mfu"] == pytest.approx(flops * rates["tokens_per_s"] / (459e12 * jax.device_count()), rel=1e-3)
     assert throughput.find("") is None  # a CPU
+    with pytest.raises(ChipError, match="chip 'v9' is unknown"):
+        throughput.find("v9")
 
 
 def test_stacked_is_what_a_run_saves(whole):

@@ -5,6 +5,8 @@ JAX's splash attention kernel, one call per row and kv head with its group of qu
 are no multiple of 128, take the plain formulation.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -38,7 +40,7 @@ def attend(
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     group = masks.MultiHeadMask([masks.CausalMask((T, T))] * (N // K))
-    one = kernel.make_splash_mqa(group, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    one: Any = kernel.make_splash_mqa(group, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     segments = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
 
     def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:

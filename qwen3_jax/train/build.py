@@ -66,6 +66,7 @@ class Build:
                     f" {self.model.vocab_size}: raise it"
                 ],
             )
+        self._require_lengths()
         self._require_divisible()
         self.ops = self._ops()
         self.lora = None if config.lora is None else lora.Lora(config.lora, self.model)
@@ -197,6 +198,23 @@ class Build:
                 if self.companions is not None and name != "README.md" and (self.companions / name).is_file():
                     (partial / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(self.companions / name, partial / name)
+
+    def _require_lengths(self) -> None:
+        most, groups = self.model.max_position_embeddings, self.config.objective.balance_groups
+        problems = []
+        for i, stage in enumerate(self.config.stages):
+            rows = stage.batch // stage.accumulation
+            if stage.length > most:
+                problems.append(
+                    f"stages.{i}.length {stage.length} is above the model's max_position_embeddings {most}: raise that"
+                    " in config.json"
+                )
+            if groups < 1 or rows % groups:
+                problems.append(
+                    f"objective.balance_groups {groups} does not divide the {rows} rows of a micro-batch of stages.{i}"
+                )
+        if problems:
+            raise TrainConfigError("config", problems)
 
     def _require_divisible(self) -> None:
         if self.mesh is None:
