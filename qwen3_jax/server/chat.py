@@ -44,6 +44,7 @@ async def chat_completions(http: Request) -> Response:
     state = serving(http)
     body = await read(http, ChatBody)
     prepared = await watched(http, prepare(state, body))
+    http.state.log["id"] = prepared.id
     run = state.run(prepared.asks)
     if body.stream:
         return EventStream(run, _stream(run, prepared, http.state.log))

@@ -56,6 +56,7 @@ async def completions(http: Request) -> Response:
     state = serving(http)
     body = await read(http, CompletionBody)
     prepared = await watched(http, prepare(state, body))
+    http.state.log["id"] = prepared.id
     run = state.run(prepared.asks)
     if body.stream:
         return EventStream(run, _stream(run, prepared, http.state.log))

@@ -31,6 +31,7 @@ async def create(http: Request) -> Response:
     prepared = await watched(http, chat.prepare(state, as_chat(body)))
     run = state.run(prepared.asks)
     output = Output(body, prepared)
+    http.state.log["id"] = output.id
     events = _events(run, output, prepared, http.state.log)
     if body.stream:
         return EventStream(run, _sent(events), end="", failed=output.failed)
@@ -84,7 +85,7 @@ class Output:
         self.items: list[dict[str, Any]] = []
         self._body = body
         self._prepared = prepared
-        self._id = prepared.id.replace("chatcmpl-", "resp_", 1)
+        self.id = prepared.id.replace("chatcmpl-", "resp_", 1)
         self._open: dict[str, Any] | None = None
         self._call = -1  # number of the call that is open
         self._number = -1
@@ -194,7 +195,7 @@ class Output:
         params = prepared.asks[0].request.params
         incomplete = {"reason": self._reason} if self.status == "incomplete" else None
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "response",
             "created_at": prepared.created,
             "status": self.status,
