@@ -69,7 +69,10 @@ class Batch:
         arg(metavar="N", help="tokens of KV cache", help_behavior_hint="(default: rows * min(context, 4096))"),
     ] = None
     page_tokens: Annotated[int, arg(metavar="N", help="tokens per page of it")] = EngineOptions.page_tokens
-    chunk_tokens: Annotated[int, arg(metavar="N", help="prompt tokens per prefill call")] = EngineOptions.chunk_tokens
+    chunk_tokens: Annotated[
+        int | None,
+        arg(metavar="N", help="prompt tokens per prefill call", help_behavior_hint="(default: 64 on a CPU, else 512)"),
+    ] = None
     decode_tokens: Annotated[int, arg(metavar="N", help="tokens per decode call when nobody waits")] = (
         EngineOptions.decode_tokens
     )
