@@ -1,0 +1,1 @@
+"""Problems that can be checked, and how many of them a model answers right."""
