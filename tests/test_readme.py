@@ -1,13 +1,19 @@
 """Every command and every line of Python in the README runs, as it is printed there."""
 
+import json
 import re
 import shlex
 import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from qwen3_jax import cli
+from tests import ports
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,9 +30,15 @@ COMPILES = "--topology"  # minutes of a TPU compiler: tests/test_plan_tpu.py run
 
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch):
-    """Stand in an empty folder that has what the README speaks of: a model folder, here the embedded one."""
+    """Stand in a folder that has what the README speaks of: a model folder, here the embedded one, and two files."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen3-0.6B").symlink_to(ROOT / "qwen3_jax" / "demo")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    messages = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small Qwen3."}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    request = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions"}
+    request["body"] = {"messages": messages[:1], "max_tokens": 4}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n")
     return tmp_path
 
 
@@ -51,9 +63,30 @@ def test_extras_exist(command):
             assert re.search(rf"^{name} = \[", pyproject, re.MULTILINE), name
 
 
+def serve(argv: list[str]) -> None:
+    """Run a server until it is well, then end it; the last --port counts."""
+    port = ports.free_port()
+    process = subprocess.Popen([sys.executable, "-m", "qwen3_jax", *argv, "--port", str(port)])
+    try:
+        for _ in range(1200):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                    assert answer.status == 200
+                break
+            except urllib.error.URLError:
+                assert process.poll() is None
+                time.sleep(0.25)
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+
+
 def test_commands_run_one_after_the_other(newcomer, monkeypatch):
     for command in COMMANDS:
-        if command[0] == "qwen3-jax" and COMPILES not in command:
+        if command[:2] == ["qwen3-jax", "serve"]:
+            serve(command[1:])
+        elif command[0] == "qwen3-jax" and COMPILES not in command:
             with open("/dev/null") as nobody:  # a chat with nobody ends at once
                 monkeypatch.setattr("sys.stdin", nobody)
                 assert cli.main(command[1:]) == 0, command
