@@ -134,23 +134,21 @@ def test_greedy_tokens_and_logprobs_equal_transformers(engine, built):
 
 
 def test_drawn_tokens_equal_the_generators(engine, generator):
-    """Every kind of parameter; the Generator runs what needs the same program as one batch, the engine all at once."""
-    alike = {
-        "bounded": [{"top_k": 20, "top_p": 0.9}, {"top_k": 40, "thinking_budget": 5}, {"top_k": 1}, {"top_k": 64}],
-        "whole": [{}, {"top_p": 0.8}, {"min_p": 0.1, "temperature": 0.7}, {"thinking_budget": 0}],
-        "all": [
-            {"presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
-            {"logit_bias": {70: 5.0, 71: -5.0}, "min_tokens": 9, "logprobs": 0},
-            {"logprobs": 2, "top_p": 0.5},
-            {"temperature": 0.0, "repetition_penalty": 1.3},
-        ],
-    }
-    each = {
-        kind: [SamplingParams(temperature=1.0, max_tokens=30, seed=11).replace(**c) for c in changes]
-        for kind, changes in alike.items()
-    }
-    theirs = [c for params in each.values() for c in generator.generate(TEXTS[:4], params)]
-    same(engine.generate(TEXTS[:4] * 3, [p for params in each.values() for p in params]), theirs)
+    """Every kind of parameter. The Generator runs one batch, which needs the program that does everything; the engine
+    runs the first four by the program for bounded candidates, then all at once."""
+    changes = [
+        {"top_k": 20, "top_p": 0.9}, {"top_k": 40, "thinking_budget": 5}, {"top_k": 1}, {"top_k": 64},
+        {}, {"top_p": 0.8}, {"min_p": 0.1, "temperature": 0.7}, {"thinking_budget": 0},
+        {"presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
+        {"logit_bias": {70: 5.0, 71: -5.0}, "min_tokens": 9, "logprobs": 0},
+        {"logprobs": 2, "top_p": 0.5},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+    ]  # fmt: skip
+    each = [SamplingParams(temperature=1.0, max_tokens=30, seed=11).replace(**c) for c in changes]
+    texts = TEXTS[:4] * 3
+    theirs = generator.generate(texts, each, batch_size=12)
+    same(engine.generate(texts[:4], each[:4]), theirs[:4])
+    same(engine.generate(texts, each), theirs)
 
 
 def test_rows_that_want_different_programs_share_a_batch(engine, greedy):
@@ -297,6 +295,23 @@ def test_a_grammar_decides_the_first_token_or_lets_it_think(engine):
     assert len(ids[4 + len(tags.stop_ids) :]) == 4
     assert len(plain.wait().token_ids) == 4
     assert set(plain.tokens[:3]) <= {300, 301}
+
+
+def test_a_grammar_that_fails_ends_its_request_only(engine, greedy):
+    end = engine.model.tokenizer.stop_ids[0]
+    heard = []
+    for method in ("mask", "accept"):
+        grammar = Cycle([[300, 301]], 9, end)
+        matcher = grammar.start()
+        setattr(matcher, method, lambda _: 1 / 0)
+        grammar.start = lambda matcher=matcher: matcher
+        heard.append(ask(engine, "<think>\n\n</think>\n\nHi", grammar=grammar, max_tokens=20))
+    free = ask(engine, TEXTS[0], max_tokens=20)
+    for h in heard:
+        completion = h.wait()
+        assert (completion.finish_reason, completion.token_ids[-1]) == ("error", end)
+        assert h.updates[-1].error == "the grammar failed: ZeroDivisionError: division by zero"
+    begin([free.wait()], greedy[:1])
 
 
 def test_logits_that_are_not_finite_end_one_request(engine, greedy, counted):

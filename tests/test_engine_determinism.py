@@ -121,7 +121,7 @@ def test_a_hundred_requests_are_the_same_alone_and_among_others(folder, dtype, t
 def test_a_thousand_requests_are_the_same_alone_and_among_64(moe, dtype, tmp_path_factory):
     path = tmp_path_factory.mktemp("wide")
     write(path, moe=moe, hidden_size=128, num_attention_heads=8, head_dim=32, intermediate_size=256)
-    options = EngineOptions(rows=64, page_tokens=16, chunk_tokens=64, cache_tokens=64 * 64, decode_tokens=8)
+    options = EngineOptions(rows=64, page_tokens=16, chunk_tokens=64, cache_tokens=64 * 20, decode_tokens=8)
     run(
         path, dtype, options, pairs=1000, at_once=64, cache="off",
         lengths=(1, 5, 40, 63, 64, 65, 130), outputs=(4, 30, 120),

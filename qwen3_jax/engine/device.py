@@ -4,12 +4,13 @@ Every method dispatches and returns without waiting; `Emitted` is read later. Al
 that in a mesh of several processes each can be handed the same calls.
 """
 
+import contextlib
 import functools
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from qwen3_jax.steps import Emitted, State, Steps
 
 log = logging.getLogger("qwen3_jax.engine")
 
-MEMORY_SHARE = 0.5  # of what a CPU's memory has left, 0.9 of an accelerator's: the cache must leave room for steps
+MEMORY_SHARE = 0.5  # of what a host has left; of an accelerator's memory it is 0.9
 
 
 class Device:
@@ -264,10 +265,11 @@ def _pages(options: EngineOptions, context: int, page_bytes: int) -> int:
 def _free_bytes() -> int | None:
     device = jax.local_devices()[0]
     if device.platform == "cpu":
-        try:
-            return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * MEMORY_SHARE)
-        except (ValueError, OSError):
-            return None
+        with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            available = next(line for line in lines if line.startswith("MemAvailable:"))
+            return int(int(available.split()[1]) * 1024 * MEMORY_SHARE)
+        return None
     stats: Mapping[str, int] | None = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None

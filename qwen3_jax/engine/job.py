@@ -1,6 +1,7 @@
-"""One request under way: its sequence, its text, its grammar and its times. No JAX import at run time."""
+"""One request under way: its sequence, its text, its grammar and its times."""
 
 import itertools
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from qwen3_jax.reply import Reply, Timings, TokenLogprob
 from qwen3_jax.request import Request
 from qwen3_jax.steps import BROKEN, Steps
 from qwen3_jax.text.thinking import ThinkingIds
+
+log = logging.getLogger("qwen3_jax.engine")
 
 
 class Matcher(Protocol):
@@ -69,6 +72,7 @@ class Job:
     last: float | None = None
     over: bool = False
     scored: dict[int, TokenLogprob] = field(default_factory=dict)  # of the prompt, by position
+    grammar_error: str | None = None
     reported: bool = False  # the prompt's log-probabilities are out
 
     @classmethod
@@ -125,7 +129,7 @@ class Job:
     @property
     def bound(self) -> bool:
         """Whether a grammar says what the next token may be."""
-        return self.matcher is not None and (self.answering or self.undecided)
+        return self.sequence.stepwise and (self.answering or self.undecided)
 
     def ids(self, start: int, end: int) -> np.ndarray:
         """Return the ids at positions start..end-1 of prompt and output."""
@@ -136,13 +140,27 @@ class Job:
 
     def mask(self) -> np.ndarray | None:
         """Return the bits of the ids that the grammar allows next, None where everything is."""
-        if self.matcher is None or not (self.answering or self.undecided):
+        if not self.bound:
             return None
         out = np.zeros(self.words, np.uint32)
-        self.matcher.mask(out)
-        if self.undecided and self.tags is not None:
+        if self.matcher is not None:
+            try:
+                self.matcher.mask(out)
+            except Exception as error:
+                self._forsake(error)
+        if self.matcher is None:  # it failed: end as soon as possible
+            out[:] = 0 if self.request.stop_ids else 0xFFFFFFFF
+            for token in self.request.stop_ids:
+                out[token // 32] |= np.uint32(1 << token % 32)
+        elif self.undecided and self.tags is not None:
             out[self.tags.open_id // 32] |= np.uint32(1 << self.tags.open_id % 32)
         return out
+
+    def _forsake(self, error: Exception) -> None:
+        """Go on without a grammar that failed: its request ends with an error, nobody else notices."""
+        log.exception("the grammar of request %d failed", self.sequence.id)
+        self.grammar_error = f"the grammar failed: {type(error).__name__}: {error}"
+        self.matcher = None
 
     def take(
         self, ids: list[int], known: int, values: Mapping[str, np.ndarray], row: int, now: float, observer: Observer
@@ -181,7 +199,7 @@ class Job:
         completion, error, stats = self.reply.completion, None, None
         if completion is not None:
             stats = self._stats(now)
-            error = None if self.matcher is None else self.matcher.error
+            error = self.grammar_error if self.matcher is None else self.matcher.error
             completion = completion if error is None else replace(completion, finish_reason="error")
         return Update(tuple(pieces), tuple(fresh), tuple(logprobs), prompt, completion, stats, error), fresh
 
@@ -216,7 +234,10 @@ class Job:
             if before == 0 and self.tags is not None and token != self.tags.open_id:
                 self.answering = True  # it does not think, and its budget is nobody's business
         if self.answering:
-            self.matcher.accept(token)
+            try:
+                self.matcher.accept(token)
+            except Exception as error:
+                self._forsake(error)
         elif self.stage > len(self.steps.stop_text):
             self.answering = True  # from the next token on
 
