@@ -19,6 +19,14 @@ test: $(VENV)/.test  ## the default test suite, against live PyTorch
 test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow -q
 
+pods-check: $(VENV)/.test  ## compile serving's steps for TPU slices that need not exist, and look at the programs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
+	$(BIN)/python -m pytest -m tpu tests/test_plan_tpu.py -q
+
+pods-gpu: $(VENV)/.test  ## plans for eight H100; installs several GB of wheels
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
+	$(BIN)/python scripts/pods.py --only H100
+
 pods: pods-check  ## compile for TPU slices that need not exist: the checks, then the tables
 	$(BIN)/python scripts/pods.py
 
@@ -30,6 +38,10 @@ soak: $(VENV)/.test  ## the server's faults S1 to S10, against a live server; 15
 
 soak-train: $(VENV)/.test  ## the training's faults T1 to T11: kills, flips, full disks; 20 minutes
 	$(BIN)/python scripts/soak_train.py
+
+test-page: $(VENV)/.test  ## the chat page in a headless Chromium, installed if need be
+	command -v chromium || apt-get install --yes --no-install-recommends chromium
+	$(BIN)/python -m pytest tests/test_page.py -m 'slow or not slow' -q
 
 lint: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .

@@ -117,38 +117,58 @@ class Serve:
         options, engine_options = self._server_options(), self._engine_options()
         if not 0 <= self.port <= 65535:
             raise ServeError(f"port is {self.port}: must be from 0 to 65535")
-        if self.mesh is not None:
-            from qwen3_jax import distributed
-
-            cluster = distributed.detect()
-            if cluster is not None and cluster.num_processes > 1:
-                place = f"process {cluster.process_id} of {cluster.num_processes}"
-                raise ServeError(f"this is {place}: one process serves; start it with all devices of one host")
         tls = Tls(self.ssl_keyfile, self.ssl_certfile, self.ssl_ca_certs, self.ssl_ciphers)
         tls.check()
-        listener = bind(self.host, self.port)  # before minutes of loading
-        with listener:
-            return self._serve(listener, options, engine_options, tls)
+        from qwen3_jax import distributed
+
+        cluster = None if self.mesh is None else distributed.detect()
+        if cluster is None or cluster.num_processes == 1:
+            with bind(self.host, self.port) as listener:  # before minutes of loading
+                return self._serve(listener, options, engine_options, tls)
+        if cluster.process_id == 0:
+            with bind(self.host, self.port) as listener, distributed.session(cluster):
+                return self._serve(listener, options, engine_options, tls)
+        with distributed.session(cluster):
+            return self._follow(engine_options)
+
+    def _follow(self, engine_options: EngineOptions) -> int:
+        """Do what process 0 does, until it ends; signals to the whole group are its to answer."""
+        import logging
+        import logging.config
+        import signal
+
+        from qwen3_jax.engine.lockstep import follow
+        from qwen3_jax.server import logs
+
+        logging.config.dictConfig(logs.config(self.log_level))
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sig, signal.SIG_IGN)
+        follow(self._load(progress=False), engine_options)
+        return 0
+
+    def _load(self, *, progress: bool) -> Any:
+        from qwen3_jax.loaded import load_model
+
+        return load_model(
+            self.folder or Path(__file__).parent / "demo",
+            dtype=self.dtype,
+            mesh=self.mesh,
+            cache=self.compile_cache,
+            progress=progress,
+        )
 
     def _serve(self, listener: Any, options: Any, engine_options: EngineOptions, tls: Any) -> int:
         import logging
         import logging.config
 
         from qwen3_jax.engine.engine import Engine
-        from qwen3_jax.loaded import load_model
         from qwen3_jax.server import logs
         from qwen3_jax.server.app import create_app
         from qwen3_jax.server.metrics import Metrics
         from qwen3_jax.server.run import end, run
 
         logging.config.dictConfig(logs.config(self.log_level))
-        model = load_model(
-            self.folder or Path(__file__).parent / "demo",
-            dtype=self.dtype,
-            mesh=self.mesh,
-            cache=self.compile_cache,
-            progress=True,
-        )
+        model = self._load(progress=True)
         logs.log(logging.INFO, "loaded", model=model.name, seconds=round(model.load_s, 2))
         metrics = Metrics(options.names[0] if options.names else model.name)
         engine = Engine(model, engine_options, observer=metrics)

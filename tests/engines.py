@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_jax.engine.engine import Engine
-from qwen3_jax.engine.updates import Ticket, Update
+from qwen3_jax.engine.updates import RequestStats, Update
 from qwen3_jax.reply import Completion
 from qwen3_jax.sampling_params import SamplingParams
 from tests import tiny
@@ -38,7 +38,7 @@ class Heard:
         self.updates: list[Update] = []
         self.over = threading.Event()
         self.begun = threading.Event()
-        self.ticket: Ticket | None = None
+        self.ticket: Any = None
 
     def __call__(self, update: Update) -> None:
         assert not self.over.is_set(), "an update after the last one"
@@ -53,6 +53,12 @@ class Heard:
 
     def text(self, label: str) -> str:
         return "".join(text for update in self.updates for kind, text in update.pieces if kind == label)
+
+    @property
+    def stats(self) -> RequestStats:
+        stats = self.updates[-1].stats
+        assert stats is not None
+        return stats
 
     def wait(self, timeout_s: float = 120) -> Completion:
         assert self.over.wait(timeout_s), "no end"

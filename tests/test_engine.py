@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -118,12 +119,14 @@ def test_greedy_tokens_and_logprobs_equal_transformers(engine, built):
             pad_token_id=0, suppress_tokens=padding,
         )  # fmt: skip
         assert list(ours.token_ids) == theirs[0, n:].tolist()
+        assert ours.logprobs is not None
         full = torch.tensor(tiny.logits(hf, theirs.numpy()))[0].log_softmax(-1).numpy()
         assert [t.token_id for t in ours.logprobs] == list(ours.token_ids)
         np.testing.assert_allclose(
             [t.logprob for t in ours.logprobs], full[np.arange(n - 1, len(full) - 1), theirs[0, n:]], atol=1e-5, rtol=0
         )
         assert all(len(t.top) == 2 and t.top[0][1] == pytest.approx(t.logprob) for t in ours.logprobs)
+        prompt: Any
         (prompt,) = [u.prompt_logprobs for u in h.updates if u.prompt_logprobs is not None]
         assert prompt[0] is None
         assert [t.token_id for t in prompt[1:]] == ids[1:]
@@ -189,8 +192,10 @@ def test_updates_add_up_to_the_completion(engine, counted):
         assert tuple(h.tokens) == completion.token_ids
         assert (h.text("reasoning"), h.text("answer")) == (completion.reasoning, completion.answer)
         assert tuple(t for u in h.updates for t in u.logprobs) == completion.logprobs
-        stats = h.updates[-1].stats
+        stats = h.stats
         assert stats.generated_tokens == completion.usage.completion_tokens == 14
+        assert stats.queue_s is not None
+        assert stats.first_token_s is not None
         assert 0 <= stats.queue_s <= stats.first_token_s <= stats.e2e_s
     assert settled(engine)
     assert counted.generated == sum(c.usage.completion_tokens for c in ends)
@@ -231,10 +236,10 @@ def test_prefixes_are_shared_within_a_salt(engine, counted):
     again = ask(engine, prompt, max_tokens=4)
     salted = ask(engine, prompt, max_tokens=4, cache_salt="another tenant")
     assert again.wait().token_ids == salted.wait().token_ids == first.token_ids
-    assert [h.updates[-1].stats.cached_tokens for h in (again, salted)] == [64, 0]
+    assert [h.stats.cached_tokens for h in (again, salted)] == [64, 0]
     same_start = [ask(engine, [*prompt, 5], max_tokens=6, temperature=1.0, seed=s) for s in range(4)]  # n = 4
     assert len({h.wait().token_ids for h in same_start}) > 1
-    assert all(h.updates[-1].stats.cached_tokens == 64 for h in same_start)
+    assert all(h.stats.cached_tokens == 64 for h in same_start)
 
 
 def test_urgent_requests_go_first(engine):
@@ -269,9 +274,9 @@ def test_a_grammar_binds_the_answer_only(engine, greedy):
     bound = [ask(engine, closed, grammar=grammar, **settings)]
     free = [ask(engine, text, max_tokens=25) for text in TEXTS[:3]]
     bound.append(ask(engine, "<think>\n", grammar=grammar, thinking_budget=6, **settings))
+    tags = engine.requests.tags
     for h in bound:
         completion = h.wait()
-        tags = engine.requests.tags
         ids = list(completion.token_ids)
         if tags.close_id in ids:
             ids = ids[4 + len(tags.stop_ids) :]  # two of the budget's six stand in the prompt
@@ -346,7 +351,7 @@ def test_a_thousand_mixed_requests_compile_nothing(engine, counted):
     heard: list[Heard] = []
     for i in range(1000):
         prompt = [rng.randrange(20, 800) for _ in range(rng.choice((1, 2, 5, 9, 33)))]
-        options = rng.choice(
+        options: dict[str, Any] = rng.choice(
             ({}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20}, {"logprobs": 3}, {"presence_penalty": 1.0},
              {"stop": ["a"]}, {"thinking_budget": 1}, {"stop_token_ids": list(range(300, 330))},
              {"logit_bias": {5: 3.0}, "min_tokens": 1})
@@ -410,7 +415,7 @@ def idle(built, **options) -> Engine:
 
 
 def test_a_full_queue_refuses(built):
-    engine = idle(built, max_waiting=2, max_waiting_tokens=10)
+    engine: Any = idle(built, max_waiting=2, max_waiting_tokens=10)
     ask(engine, [5] * 6)
     with pytest.raises(Overloaded, match="6 prompt tokens are waiting, at most 10"):
         ask(engine, [5] * 6)

@@ -1,6 +1,7 @@
 """The paged cache against the dense one and against its definition, over random tables; what the steps copy."""
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -102,7 +103,7 @@ def test_a_step_writes_in_place():
 
     pages = {"k": cache["k"], "v": cache["v"]}
     k, v, q = (draw(i, 3, 1, heads, H) for i, heads in enumerate((K, K, N)))
-    program = steps.lower(pages, cache["table"], k, v, q).compile()
+    program: Any = steps.lower(pages, cache["table"], k, v, q).compile()
     shape = "f32[" + ",".join(map(str, cache["k"].shape)) + "]"
     copies = [line for line in program.as_text().splitlines() if " copy(" in line and shape in line.split("=")[1][:40]]
     assert not copies, copies
@@ -163,7 +164,7 @@ def test_a_decode_step_compiles_for_tpu(topology):
     q = array((B, 1, heads, head_dim), at=at(None, None, "x"))
     numbers = [array(shape, jnp.int32, at()) for shape in ((B, 130), (B, 1))]
     with jax.set_mesh(mesh):
-        program = jax.jit(step, donate_argnums=0).lower(cache, numbers[0], new, new, q, numbers[1]).compile()
+        program: Any = jax.jit(step, donate_argnums=0).lower(cache, numbers[0], new, new, q, numbers[1]).compile()
     assert "tpu_custom_call" in program.as_text()
     local = 2 * kv_heads // 4 * (pages + 1) * page * head_dim * 2
     memory = program.memory_analysis()
@@ -188,5 +189,5 @@ def test_the_gpus_kernel_compiles_for_h100():
     array = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=at)  # noqa: E731
     cache = {"k": array((8, 1025, 16, 128)), "v": array((8, 1025, 16, 128)), "table": array((16, 130), jnp.int32)}
     attend = functools.partial(paged.attend_gpu, scale=0.1)
-    program = jax.jit(attend).lower(array((16, 1, 16, 128)), cache, array((16, 1), jnp.int32)).compile()
+    program: Any = jax.jit(attend).lower(array((16, 1, 16, 128)), cache, array((16, 1), jnp.int32)).compile()
     assert "paged_attention" in program.as_text()

@@ -36,7 +36,7 @@ def newcomer(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     messages = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small Qwen3."}]
     (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    request = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions"}
+    request: dict[str, object] = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions"}
     request["body"] = {"messages": messages[:1], "max_tokens": 4}
     (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n")
     return tmp_path
