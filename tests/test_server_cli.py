@@ -42,13 +42,6 @@ def test_a_port_that_is_taken(capsys):
     assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
 
 
-def test_one_process_of_several(capsys, monkeypatch):
-    for name, value in (("COORDINATOR", "127.0.0.1:1234"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "1")):
-        monkeypatch.setenv(f"QWEN3_{name}", value)
-    assert main(["serve", "/no/such/folder", "--mesh", "model=2", "--port", "0"]) == 2
-    assert "process 1 of 2" in capsys.readouterr().err
-
-
 def test_help(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
