@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 
-from qwen3_jax import cli_batch, cli_eval, cli_mesh, cli_serve, cli_train
+from qwen3_jax import cli_batch, cli_eval, cli_mesh, cli_options, cli_serve, cli_train
 from qwen3_jax.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -51,14 +51,6 @@ OnMesh = Annotated[
         metavar="AXES",
         help=f"spread the model over all devices: {cli_mesh.AXES}",
         help_behavior_hint="(default: one device)",
-    ),
-]
-CompileCache = Annotated[
-    str | None,
-    arg(
-        metavar="DIR|off",
-        help="where compiled programs are kept",
-        help_behavior_hint="(default: $QWEN3_JAX_COMPILE_CACHE, else the user's cache folder)",
     ),
 ]
 
@@ -132,7 +124,7 @@ class Generate:
     json: Json = False
     dtype: Dtype = None
     mesh: OnMesh = None
-    compile_cache: CompileCache = None
+    compile_cache: cli_options.CompileCache = None
     sampling: OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=_Flags)
 
     def run(self) -> int:
@@ -184,7 +176,7 @@ class Chat:
     thinking: Thinking = None
     json: Json = False
     dtype: Dtype = None
-    compile_cache: CompileCache = None
+    compile_cache: cli_options.CompileCache = None
     sampling: OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=_Flags)
 
     def run(self) -> int:
@@ -327,7 +319,7 @@ class Demo:
         "Why is the sky blue?"
     )
     json: Json = False
-    compile_cache: CompileCache = None
+    compile_cache: cli_options.CompileCache = None
     sampling: OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=_Flags)
 
     def run(self) -> int:

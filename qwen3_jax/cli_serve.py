@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from qwen3_jax import cli_options as flags
 from qwen3_jax.engine.options import EngineOptions
 
 KEY = "QWEN3_JAX_API_KEY"
@@ -40,56 +41,22 @@ class Serve:
         tuple[str, ...],
         arg(metavar="KEY [KEY ...]", help=f"any of them opens the server; better in ${KEY}", help_behavior_hint=""),
     ] = ()
-    served_model_name: Annotated[
-        tuple[str, ...],
-        arg(metavar="NAME [NAME ...]", help="what requests call it", help_behavior_hint="(default: the folder's name)"),
-    ] = ()
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        arg(
-            metavar="{float32,bfloat16}",
-            help="compute and keep weights in this dtype",
-            help_behavior_hint="(default: the file's)",
-        ),
-    ] = None
-    mesh: Annotated[
-        str | None,
-        arg(
-            metavar="AXES",
-            help="spread the model over all devices, as in data=1,expert=4,model=4",
-            help_behavior_hint="(default: one device)",
-        ),
-    ] = None
-    compile_cache: Annotated[
-        str | None,
-        arg(
-            metavar="DIR|off",
-            help="where compiled programs are kept",
-            help_behavior_hint="(default: $QWEN3_JAX_COMPILE_CACHE, else the user's cache folder)",
-        ),
-    ] = None
+    served_model_name: flags.ServedNames = ()
+    dtype: flags.Dtype = None
+    mesh: flags.Mesh = None
+    compile_cache: flags.CompileCache = None
 
-    rows: Annotated[int, arg(metavar="N", help="requests decoded together")] = EngineOptions.rows
-    cache_tokens: Annotated[
-        int | None,
-        arg(metavar="N", help="tokens of KV cache", help_behavior_hint="(default: rows * min(context, 4096))"),
-    ] = None
-    page_tokens: Annotated[int, arg(metavar="N", help="tokens per page of it")] = EngineOptions.page_tokens
-    chunk_tokens: Annotated[
-        int | None,
-        arg(metavar="N", help="prompt tokens per prefill call", help_behavior_hint="(default: 64 on a CPU, else 512)"),
-    ] = None
-    decode_tokens: Annotated[int, arg(metavar="N", help="tokens per decode call when nobody waits")] = (
-        EngineOptions.decode_tokens
-    )
+    rows: flags.Rows = EngineOptions.rows
+    cache_tokens: flags.CacheTokens = None
+    page_tokens: flags.PageTokens = EngineOptions.page_tokens
+    chunk_tokens: flags.ChunkTokens = None
+    decode_tokens: flags.DecodeTokens = EngineOptions.decode_tokens
     max_waiting: Annotated[int, arg(metavar="N", help="queued requests; more get 503")] = EngineOptions.max_waiting
     max_waiting_tokens: Annotated[
         int | None, arg(metavar="N", help="queued prompt tokens", help_behavior_hint="(default: unlimited)")
     ] = None
     no_prefix_cache: Annotated[bool, arg(help="compute every prompt from its beginning", help_behavior_hint="")] = False
-    no_deterministic: Annotated[
-        bool, arg(help="let results depend on what runs beside them, where that is faster", help_behavior_hint="")
-    ] = False
+    no_deterministic: flags.NoDeterministic = False
 
     trust_request_chat_template: Annotated[
         bool, arg(help="run chat templates that come with requests (sandboxed)", help_behavior_hint="")

@@ -37,6 +37,7 @@ FLOORS = [
     ["train"],
     ["evaluate"],
     ["preflight"],
+    ["cli_options"],
     ["cli_batch", "cli_eval", "cli_mesh", "cli_serve", "cli_train"],
     ["cli", "__main__", "__init__"],
 ]
