@@ -6,96 +6,21 @@ that `--help` is quick.
 """
 
 import contextlib
-import dataclasses
 import io
-import json
 import os
 import re
-import secrets
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Annotated, Any, Protocol
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+from tyro.conf import FlagCreatePairsOff, subcommand
 
-from qwen3_jax import cli_batch, cli_eval, cli_mesh, cli_options, cli_serve, cli_train
-from qwen3_jax.sampling_params import SamplingParams
+from qwen3_jax import cli_batch, cli_eval, cli_folder, cli_mesh, cli_serve, cli_text, cli_train
+from qwen3_jax.cli_options import OK, UsageError, is_ours
 
-if TYPE_CHECKING:
-    from qwen3_jax.generate import Event, Generator
-    from qwen3_jax.reply import Completion
-
-OK, DIFFERENT, BAD, INTERRUPTED = 0, 1, 2, 130
-
-Folder = Annotated[str, arg(metavar="DIR", help="model folder, Hugging Face or Orbax; or a hub id")]
-Json = Annotated[bool, arg(help="print JSON for machines", help_behavior_hint="")]
-Dtype = Annotated[
-    Literal["float32", "bfloat16"] | None,
-    arg(
-        metavar="{float32,bfloat16}",
-        help="compute and keep weights in this dtype",
-        help_behavior_hint="(default: the file's)",
-    ),
-]
-Thinking = Annotated[
-    Literal["on", "off"] | None,
-    arg(metavar="{on,off}", help="thinking of hybrid models", help_behavior_hint="(default: the template's)"),
-]
-System = Annotated[str | None, arg(metavar="TEXT", help="system message", help_behavior_hint="")]
-OnMesh = Annotated[
-    str | None,
-    arg(
-        metavar="AXES",
-        help=f"spread the model over all devices: {cli_mesh.AXES}",
-        help_behavior_hint="(default: one device)",
-    ),
-]
-
-
-class UsageError(ValueError):
-    """A command line that asks for something impossible."""
-
-
-def _sampling_flags() -> type:
-    """Make the flags of `SamplingParams`: its fields, each optional; left out means the model's own default."""
-    names = {float: "NUMBER", int: "N", str: "TEXT"}
-    flags = []
-    for f in dataclasses.fields(SamplingParams):
-        unset: Any = None
-        if f.type is bool:
-            kind, metavar = bool, None
-            unset = False
-        elif f.default == ():
-            kind = f.type
-            metavar = "TEXT [TEXT ...]" if f.name == "stop" else "N [N ...]"
-            unset = ()
-        elif f.name == "logit_bias":
-            kind, metavar = dict[int, float], "ID NUMBER [ID NUMBER ...]"
-        else:
-            base = next(t for t in names if t is f.type or t in getattr(f.type, "__args__", ()))
-            kind, metavar = base | None, names[base]
-        options = arg(metavar=metavar, help=f.metadata["help"], help_behavior_hint="")
-        if f.name == "logit_bias":
-            flags.append((f.name, Annotated[kind, options], dataclasses.field(default_factory=dict)))
-        else:
-            flags.append((f.name, Annotated[kind, options], dataclasses.field(default=unset)))
-    return dataclasses.make_dataclass("sampling", flags, frozen=True)
-
-
-_Flags: Any = _sampling_flags()
-if TYPE_CHECKING:
-    SamplingFlags = Any
-else:
-    SamplingFlags = _Flags
-
-
-def _changes(flags: Any) -> dict[str, Any]:
-    """Return the flags that were given."""
-    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)}
-    return {name: value for name, value in given.items() if not (value is None or value is False or value in ((), {}))}
+BAD, INTERRUPTED = 2, 130
 
 
 class Command(Protocol):
@@ -106,256 +31,22 @@ class Command(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """Answer a prompt, or several as one batch.
-
-    The prompt is a user's turn of the model's chat template; with --raw it is text to continue. Without a prompt,
-    standard input is one. One prompt is streamed; several are printed when all are done.
-    """
-
-    folder: Positional[Folder]
-    prompt: Positional[Annotated[tuple[str, ...], arg(metavar="[PROMPT ...]", help="", help_behavior_hint="")]] = ()
-    raw: Annotated[bool, arg(help="continue the text as it is, without the chat template", help_behavior_hint="")] = (
-        False
-    )
-    system: System = None
-    thinking: Thinking = None
-    json: Json = False
-    dtype: Dtype = None
-    mesh: OnMesh = None
-    compile_cache: cli_options.CompileCache = None
-    sampling: OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=_Flags)
-
-    def run(self) -> int:
-        changes = _changes(self.sampling)
-        SamplingParams().replace(**changes)  # before a model is loaded
-        if self.mesh is None:
-            return self._answer(list(self.prompt) or [_standard_input()], changes)
-        from qwen3_jax import distributed
-
-        cluster = distributed.detect()
-        with distributed.session(cluster):
-            # Every process runs the same program on the same prompts and seed; the first one speaks.
-            main = distributed.is_main()
-            prompts = list(self.prompt) or distributed.share([_standard_input()] if main else None)
-            changes["seed"] = changes.get("seed", distributed.share(secrets.randbits(32)))
-            with contextlib.ExitStack() as stack:
-                if not main:
-                    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-                    stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-                return self._answer(prompts, changes)
-
-    def _answer(self, prompts: list[str], changes: dict[str, Any]) -> int:
-        generator = _load(self.folder, self.dtype, self.compile_cache, self.mesh)
-        ids = [generator.tokenizer.encode(p) if self.raw else _turn(generator, p, self) for p in prompts]
-        if self.json:
-            for completion in generator.generate(ids, batch_size=len(ids), **changes):
-                print(json.dumps(_record(completion), ensure_ascii=False))
-        elif len(ids) == 1:
-            _say(_show(generator.stream(ids, **changes)))
-        else:
-            for prompt, completion in zip(
-                prompts, generator.generate(ids, batch_size=len(ids), **changes), strict=True
-            ):
-                print(f"=== {prompt}\n{completion.text}")
-                _say(completion)
-        return OK
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-    """Talk with a model.
-
-    Ctrl-C stops a reply, Ctrl-C or Ctrl-D at the prompt leaves. /reset forgets the conversation; /think and /no_think
-    are text that hybrid models understand. With standard input from a pipe, every line is a turn.
-    """
-
-    folder: Positional[Folder]
-    system: System = None
-    thinking: Thinking = None
-    json: Json = False
-    dtype: Dtype = None
-    compile_cache: cli_options.CompileCache = None
-    sampling: OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=_Flags)
-
-    def run(self) -> int:
-        changes = _changes(self.sampling)
-        SamplingParams().replace(**changes)
-        generator = _load(self.folder, self.dtype, self.compile_cache)
-        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
-        generator.prompt([*opening, {"role": "user", "content": ""}])  # a folder without a template is refused here
-        messages = list(opening)
-        for text in _turns():
-            if text.strip() == "/reset":
-                messages = list(opening)
-                print("the conversation is forgotten", file=sys.stderr)
-                continue
-            messages.append({"role": "user", "content": text})
-            try:
-                events = generator.stream_chat(messages, enable_thinking=_on(self.thinking), **changes)
-                completion = _interruptible(events, quiet=self.json)
-            except ValueError as error:
-                if not _is_ours(error) or not sys.stdin.isatty():
-                    raise
-                messages.pop()
-                print(f"{error} (/reset forgets the conversation)", file=sys.stderr)
-                continue
-            if isinstance(completion, dict):  # stopped by Ctrl-C: what was said stays in the conversation
-                messages.append({"role": "assistant", **completion})
-                continue
-            messages.append(
-                {"role": "assistant", "content": completion.answer, "reasoning_content": completion.reasoning}
-            )
-            if self.json:
-                print(json.dumps(_record(completion), ensure_ascii=False), flush=True)
-            else:
-                _say(completion)
-        return OK
-
-
-@dataclasses.dataclass(frozen=True)
-class Convert:
-    """Convert a model folder between Hugging Face and Orbax, byte for byte."""
-
-    source: Positional[Annotated[str, arg(metavar="IN", help="folder to read, or a hub id")]]
-    destination: Positional[Annotated[Path, arg(metavar="OUT", help="folder to make; appears complete or not at all")]]
-    to: Annotated[Literal["orbax", "hf"], arg(help="the form to write")]
-
-    def run(self) -> int:
-        from qwen3_jax import checkpoint
-
-        checkpoint.convert(checkpoint.resolve(self.source), self.destination, self.to)
-        print(f"wrote {self.destination}", file=sys.stderr)
-        return OK
-
-
-@dataclasses.dataclass(frozen=True)
-class Parity:
-    """Prove that a folder's numbers equal PyTorch's, layer by layer. Exit code 1 if they do not."""
-
-    folder: Positional[Folder]
-    report: Annotated[Path | None, arg(metavar="FILE", help="write an HTML page", help_behavior_hint="")] = None
-    prompt: Annotated[
-        str | None, arg(metavar="TEXT", help="run this text", help_behavior_hint="(default: random ids)")
-    ] = None
-    length: Annotated[int, arg(metavar="N", help="random tokens per row")] = 32
-    seed: Annotated[int, arg(metavar="N", help="of the random tokens")] = 0
-    dtype: Annotated[Literal["float32", "bfloat16"], arg(help="what both sides compute in")] = "float32"
-    mesh: Annotated[
-        str | None,
-        arg(
-            metavar="AXES",
-            help=f"spread our side over devices, virtual ones on a CPU: {cli_mesh.AXES}",
-            help_behavior_hint="(default: one device)",
-        ),
-    ] = None
-    json: Json = False
-
-    def run(self) -> int:
-        from qwen3_jax import checkpoint, parity
-
-        return parity.main(
-            checkpoint.resolve(self.folder),
-            report=self.report,
-            prompt=self.prompt,
-            length=self.length,
-            seed=self.seed,
-            dtype=self.dtype,
-            mesh=self.mesh,
-            as_json=self.json,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-    """List the released models: parameters, active parameters, layers, context, cache."""
-
-    json: Json = False
-
-    def run(self) -> int:
-        from qwen3_jax.config import Qwen3Config
-
-        facts = []
-        for name in Qwen3Config.names():
-            c = Qwen3Config.from_name(name)
-            facts.append(
-                {
-                    "name": name,
-                    "parameters": c.num_parameters(),
-                    "active_parameters": c.num_active_parameters(),
-                    "layers": c.num_hidden_layers,
-                    "hidden_size": c.hidden_size,
-                    "experts": c.num_experts,
-                    "experts_per_token": c.num_experts_per_tok if c.num_experts else 0,
-                    "context": c.max_position_embeddings,
-                    "bfloat16_cache_bytes_per_token": c.kv_bytes_per_token(2),
-                }
-            )
-        facts.sort(key=lambda f: (f["experts"] > 0, f["parameters"]))
-        if self.json:
-            print(json.dumps(facts, indent=1))
-            return OK
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in ("model", "parameters", "active", "layers", "hidden", "experts", "context", "cache B/token"):
-            table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
-        for f in facts:
-            experts = f"{f['experts']} top {f['experts_per_token']}" if f["experts"] else "-"
-            counts = (f[key] for key in ("parameters", "active_parameters", "layers", "hidden_size"))
-            last = (f[key] for key in ("context", "bfloat16_cache_bytes_per_token"))
-            table.add_row(f["name"], *(f"{n:,}" for n in counts), experts, *(f"{n:,}" for n in last))
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
-        return OK
-
-
-@dataclasses.dataclass(frozen=True)
-class Demo:
-    """Run the whole path on the checkpoint in the package: load, prefill, decode, text. Needs no download."""
-
-    prompt: Positional[Annotated[str, arg(metavar="[PROMPT]", help="what to ask", help_behavior_hint="")]] = (
-        "Why is the sky blue?"
-    )
-    json: Json = False
-    compile_cache: cli_options.CompileCache = None
-    sampling: OmitArgPrefixes[SamplingFlags] = dataclasses.field(default_factory=_Flags)
-
-    def run(self) -> int:
-        changes: dict[str, Any] = {"max_tokens": 64, "seed": 0} | _changes(self.sampling)
-        SamplingParams().replace(**changes)
-        generator = _load(str(Path(__file__).parent / "demo"), None, self.compile_cache)
-        parameters = generator.config.num_parameters()
-        print(
-            f"The checkpoint in the package: {parameters:,} parameters, tiny and UNTRAINED. What it says is noise;\n"
-            "how it says it is the real path: folder, tokenizer, chat template, prefill, decode, text.\n",
-            file=sys.stderr,
-        )
-        if self.json:
-            print(json.dumps(_record(generator.chat(self.prompt, **changes)), ensure_ascii=False))
-        else:
-            print(f"> {self.prompt}", file=sys.stderr)
-            _say(_show(generator.stream_chat(self.prompt, **changes)))
-        return OK
-
-
 Commands = (
-    Annotated[Generate, subcommand("generate")]
-    | Annotated[Chat, subcommand("chat")]
+    Annotated[cli_text.Generate, subcommand("generate")]
+    | Annotated[cli_text.Chat, subcommand("chat")]
     | Annotated[cli_serve.Serve, subcommand("serve")]
     | Annotated[cli_batch.Batch, subcommand("batch")]
     | Annotated[cli_train.Train, subcommand("train")]
     | Annotated[cli_train.Plot, subcommand("plot")]
     | Annotated[cli_eval.Merge, subcommand("merge")]
     | Annotated[cli_eval.Eval, subcommand("eval")]
-    | Annotated[Convert, subcommand("convert")]
-    | Annotated[Parity, subcommand("parity")]
-    | Annotated[Models, subcommand("models")]
+    | Annotated[cli_folder.Convert, subcommand("convert")]
+    | Annotated[cli_folder.Parity, subcommand("parity")]
+    | Annotated[cli_folder.Models, subcommand("models")]
     | Annotated[cli_mesh.Shardings, subcommand("shardings")]
     | Annotated[cli_mesh.Plan, subcommand("plan")]
     | Annotated[cli_mesh.Preflight, subcommand("preflight")]
-    | Annotated[Demo, subcommand("demo")]
+    | Annotated[cli_text.Demo, subcommand("demo")]
 )
 
 
@@ -371,16 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except (ValueError, OSError) as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         first, *others = str(error).splitlines() or [type(error).__name__]  # a folder has all its problems at once
         print(f"qwen3-jax: error: {' '.join([first, '; '.join(map(str.strip, others))]).strip()}", file=sys.stderr)
         return BAD
-
-
-def _is_ours(error: Exception) -> bool:
-    """Tell errors about the input from errors of the program, which keep their traceback."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("qwen3_jax.") or type(error) is UsageError
 
 
 def _parse(argv: list[str]) -> Command:
@@ -423,110 +109,6 @@ def _one_line(box: str) -> str:
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
     print(f"qwen3-jax: warning: {message}", file=sys.stderr)
-
-
-def _load(folder: str, dtype: Dtype, cache: str | None, mesh: str | None = None) -> "Generator":
-    from qwen3_jax.generate import Generator
-
-    return Generator.from_folder(folder, dtype=dtype, cache=cache, mesh=mesh, progress=True)
-
-
-def _on(thinking: Thinking) -> bool | None:
-    return None if thinking is None else thinking == "on"
-
-
-def _turn(generator: "Generator", text: str, command: Generate) -> list[int]:
-    opening = [] if command.system is None else [{"role": "system", "content": command.system}]
-    return generator.prompt([*opening, {"role": "user", "content": text}], enable_thinking=_on(command.thinking))
-
-
-def _standard_input() -> str:
-    if sys.stdin.isatty():
-        raise UsageError("no prompt: give one, or pipe it in")
-    if not (text := sys.stdin.read()):
-        raise UsageError("no prompt: standard input is empty")
-    return text.removesuffix("\n")
-
-
-def _turns() -> Iterator[str]:
-    """Yield what the user says, until the end of input; a blank line is nothing."""
-    if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 -- gives input() a line editor
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            print()
-            return
-        if text.strip():
-            yield text
-
-
-def _show(events: "Iterable[Event]", said: dict[str, str] | None = None) -> "Completion":
-    """Print text as it arrives, reasoning in its tags and dim on a terminal, and return the completion."""
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("", "")
-    said = {} if said is None else said
-    kind, completion = "", None
-    try:
-        for event in events:
-            if event.kind == "end":
-                completion = event.completion
-                continue
-            if event.kind != kind:
-                opening = f"{dim}<think>\n" if event.kind == "reasoning" else ""
-                sys.stdout.write(f"\n</think>{plain}\n\n{opening}" if kind == "reasoning" else opening)
-                kind = event.kind
-            said[kind] = said.get(kind, "") + event.text
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-        if kind == "reasoning":
-            sys.stdout.write("\n</think>")
-    finally:
-        sys.stdout.write(f"{plain}\n")
-        sys.stdout.flush()
-    if completion is None:
-        raise RuntimeError("a stream ended without a completion")
-    return completion
-
-
-def _interruptible(events: Any, *, quiet: bool) -> "Completion | dict[str, str]":
-    """Show a reply; Ctrl-C ends it and returns what was said so far as parts of a message."""
-    said: dict[str, str] = {}
-    try:
-        with contextlib.closing(events):
-            if quiet:
-                return next(e.completion for e in events if e.completion is not None)
-            return _show(events, said)
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-        print("(stopped)", file=sys.stderr)
-        return {"content": said.get("answer", ""), "reasoning_content": said.get("reasoning", "")}
-
-
-def _say(completion: "Completion") -> None:
-    """Print where the time went, to stderr."""
-    t, usage = completion.timings, completion.usage
-    parts = [
-        f"{usage.completion_tokens} tokens"
-        + (f" ({usage.reasoning_tokens} thinking)" if usage.reasoning_tokens else ""),
-        f"{t.tokens_per_s:.1f} tokens/s",
-        f"first token {t.first_token_s:.2f} s",
-        f"load {t.load_s:.2f} s",
-        f"compile {t.compile_s:.2f} s",
-        f"prefill {t.prefill_s:.2f} s",
-        f"decode {t.decode_s:.2f} s",
-    ]
-    if completion.finish_reason == "length":
-        parts.append("cut at the token limit")
-    print(f"[{' · '.join(parts)}]", file=sys.stderr)
-
-
-def _record(completion: "Completion") -> dict[str, Any]:
-    return {"text": completion.text, **dataclasses.asdict(completion)}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Options that several subcommands share, each said once. See `cli` for the rest."""
+"""What the subcommands share: options, each said once, and errors about them. See `cli` for the rest."""
 
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+OK = 0  # exit code
+
+Folder = Annotated[str, arg(metavar="DIR", help="model folder, Hugging Face or Orbax; or a hub id")]
+Json = Annotated[bool, arg(help="print JSON for machines", help_behavior_hint="")]
 ServedNames = Annotated[
     tuple[str, ...],
     arg(metavar="NAME [NAME ...]", help="what requests call it", help_behavior_hint="(default: the folder's name)"),
@@ -46,3 +50,12 @@ DecodeTokens = Annotated[int, arg(metavar="N", help="tokens per decode call when
 NoDeterministic = Annotated[
     bool, arg(help="let results depend on what runs beside them, where that is faster", help_behavior_hint="")
 ]
+
+
+class UsageError(ValueError):
+    """A command line that asks for something impossible."""
+
+
+def is_ours(error: Exception) -> bool:
+    """Tell errors about the input from errors of the program, which keep their traceback."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("qwen3_jax.")

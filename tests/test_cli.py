@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qwen3_jax import cli
+from qwen3_jax import cli, cli_text
 from qwen3_jax.generate import Generator
 from qwen3_jax.sampling_params import SamplingParams
 from tests import tiny
@@ -40,7 +40,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_: demo_generator())
+    monkeypatch.setattr(cli_text, "_load", lambda *_: demo_generator())
 
 
 def one_error(result: tuple[int, str, str]) -> str:
@@ -156,13 +156,13 @@ def test_parity_is_called_with_the_flags(run, tmp_path, monkeypatch):
 
 
 def test_flags_are_the_fields_of_sampling_params():
-    flags = {f.name for f in dataclasses.fields(cli._Flags)}
+    flags = {f.name for f in dataclasses.fields(cli_text._Flags)}
     assert flags == {f.name for f in dataclasses.fields(SamplingParams)}
     argv = ["generate", "DIR", "x", "--temperature", "0.5", "--top-k", "3", "--stop", "a", "b", "--stop-token-ids", "4"]
     command: Any = cli._parse(
         [*argv, "--logit-bias", "7", "-1.5", "--ignore-eos", "--thinking-budget", "0", "--seed", "-3"]
     )
-    assert cli._changes(command.sampling) == {
+    assert cli_text._changes(command.sampling) == {
         "temperature": 0.5,
         "top_k": 3,
         "stop": ("a", "b"),
@@ -224,14 +224,14 @@ def test_interrupting_is_clean(run, monkeypatch):
 
 
 def test_errors_of_the_program_keep_their_traceback(run, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_: [][0])
+    monkeypatch.setattr(cli_text, "_load", lambda *_: [][0])
     with pytest.raises(IndexError):
         run("demo")
 
     def buggy(*_) -> Generator:
         raise ValueError("a shape of ours")
 
-    monkeypatch.setattr(cli, "_load", buggy)
+    monkeypatch.setattr(cli_text, "_load", buggy)
     with pytest.raises(ValueError, match="a shape of ours"):
         run("demo")
 

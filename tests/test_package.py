@@ -38,7 +38,7 @@ FLOORS = [
     ["evaluate"],
     ["preflight"],
     ["cli_options"],
-    ["cli_batch", "cli_eval", "cli_mesh", "cli_serve", "cli_train"],
+    ["cli_batch", "cli_eval", "cli_folder", "cli_mesh", "cli_serve", "cli_text", "cli_train"],
     ["cli", "__main__", "__init__"],
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
