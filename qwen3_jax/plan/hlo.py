@@ -186,7 +186,7 @@ def parse(text: str) -> Module:
     header = text[: text.find("\n")]
     if not header.startswith("HloModule"):
         raise HloError(f"expected text starting with HloModule, got {header[:60]!r}")
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if line.startswith("  ") and current is not None:
             instruction = _instruction(line)
             current.instructions[instruction.name] = instruction
@@ -198,6 +198,21 @@ def parse(text: str) -> Module:
     if not any(c.entry for c in computations.values()):
         raise HloError("no ENTRY computation: expected the text of compiled.as_text()")
     return Module(computations, _aliases(header))
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Yield lines, those joined that a kernel's metadata breaks: from kernel_metadata={ to the brace that closes it."""
+    broken = ""
+    for line in text.splitlines():
+        if broken:
+            broken += line.strip()
+            if line.startswith("}}"):
+                yield broken
+                broken = ""
+        elif line.endswith("kernel_metadata={"):
+            broken = line
+        else:
+            yield line
 
 
 def _aliases(header: str) -> dict[int, int]:

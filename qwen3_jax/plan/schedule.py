@@ -30,6 +30,8 @@ class Op:
     """Set if the pipes work on after the instruction; the name under which it is waited for."""
     loop: tuple[list["Op"], int] | None = None
     branches: list[list["Op"]] | None = None
+    unpriced: str | None = None
+    """Why its cost is not all here."""
 
 
 PIPES = ("hbm", "mxu", "ici", "back")
