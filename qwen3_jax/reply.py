@@ -88,7 +88,9 @@ class Reply:
         self._tags = tags
         forced = request.thinks and request.params.thinking_budget == 0  # the first token is the stop text's
         self._opened = tags is not None and (forced or tags.opened_by(request.prompt, tokenizer))
-        self._stream = ThinkingStream(tokenizer, opened=self._opened)
+        self._stream = ThinkingStream(
+            tokenizer, opened=self._opened, raw=request.raw, skip_special_tokens=request.skip_special_tokens
+        )
         params = request.params
         self._stops: dict[Label, StopStrings] = {
             "reasoning": StopStrings(params.stop, include_stop=params.include_stop_str_in_output),
@@ -142,8 +144,8 @@ class Reply:
         self._text[self._label].append(text)
         return [(self._label, text)]
 
-    def end(self, reason: Literal["abort", "error"], clock: Timings) -> list[Piece]:
-        """End the row from outside; return the text that was held back."""
+    def end(self, reason: Literal["abort", "error", "length"], clock: Timings) -> list[Piece]:
+        """End the row before its next token; return the text that was held back."""
         return self._end(reason, None, clock)
 
     def _end(self, reason: FinishReason, stop: int | str | None, clock: Timings) -> list[Piece]:

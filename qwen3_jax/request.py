@@ -24,11 +24,13 @@ class Request:
     params: SamplingParams
     seed: int
     stop_ids: tuple[int, ...]  # everything that ends it: the model's end ids, unless ignored, and the request's own
-    limit: int  # generate at most this many tokens
+    limit: int  # generate at most this many tokens; the engine's take 0 too, for the prompt's log-probabilities alone
     thinks: bool = False  # not yet past the end of its thinking
     thought: int = 0  # tokens of thinking that already stand in the prompt, `<think>` included
     choice: int = 0  # which of several continuations of one prompt that were asked for together
     choices: int = 1
+    raw: bool = False  # its text is the reading of all its tokens, thinking tags and all: everything is answer
+    skip_special_tokens: bool = True  # in its text
 
 
 class Requests:

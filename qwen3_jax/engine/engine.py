@@ -50,6 +50,7 @@ class _Flight:
     plan: Plan
     entries: list[tuple[Job, Chunk | Decode, int, Emitted]] = field(default_factory=list)  # with the row in `Emitted`
     scores: list[tuple[Job, int, int, Emitted]] = field(default_factory=list)  # with the first position, and how many
+    prompts: list[Job] = field(default_factory=list)  # that end with their prompt
     stepwise: bool = False
 
 
@@ -399,6 +400,8 @@ class Engine:
         if job.prompt_logprobs is not None and chunk.start < len(prompt) - 1:
             targets = np.asarray(prompt[chunk.start + 1 : chunk.start + chunk.length + 1], np.int32)
             flight.scores.append((job, chunk.start + 1, len(targets), device.score(targets)))
+        if job.request.limit == 0 and chunk.start + chunk.length == len(prompt):
+            flight.prompts.append(job)
         if not chunk.draws:
             return
         allowed = job.mask() if chunk.new else None
@@ -468,6 +471,14 @@ class Engine:
                 ended.append(number)
             elif update is not None:
                 self._hand(job, update)
+        for job in flight.prompts:
+            if job.over:
+                continue
+            if job.corrupt:
+                failed.append(job.sequence.id)
+                self.observer.corrupted()
+                self._scrub(job)
+            over.append((job, job.conclude(now)))
         self._scheduler.commit(flight.plan, tokens, ended, failed)
         for job, update in over:
             self._finish(job, update)

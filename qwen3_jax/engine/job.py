@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -203,8 +204,19 @@ class Job:
             completion = completion if error is None else replace(completion, finish_reason="error")
         return Update(tuple(pieces), tuple(fresh), tuple(logprobs), prompt, completion, stats, error), fresh
 
-    def give_up(self, reason: Literal["abort", "error"], now: float) -> Update:
-        """End from outside; returns the last update."""
+    @property
+    def corrupt(self) -> bool:
+        """Whether log-probabilities of the prompt are no numbers."""
+        return any(math.isnan(entry.logprob) for entry in self.scored.values())
+
+    def conclude(self, now: float) -> Update:
+        """End with the prompt, where no token was asked for; returns the only update."""
+        if self.corrupt:
+            return self.give_up("error", now)
+        return replace(self.give_up("length", now), prompt_logprobs=self._report())
+
+    def give_up(self, reason: Literal["abort", "error", "length"], now: float) -> Update:
+        """End before the next token; returns the last update."""
         pieces = self.reply.end(reason, self._clock(now)) if self.reply.completion is None else []
         self.over = True
         return Update(pieces=tuple(pieces), completion=self.reply.completion, stats=self._stats(now))

@@ -94,24 +94,24 @@ class Scheduler:
 
     def needed(self, sequence: Sequence) -> int:
         """Return the most pages that a sequence can come to use: the last token's position is never written."""
-        return self._pages_of(len(sequence.prompt) + sequence.limit - 1)
+        return self._pages_of(len(sequence.prompt) + max(0, sequence.limit - 1))
 
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait for its turn.
 
         Raises:
             TooLarge: it needs more pages than there are.
-            ValueError: empty prompt, limit below 1, or an id that is taken.
+            ValueError: empty prompt, limit below 0, or an id that is taken.
         """
-        if not sequence.prompt or sequence.limit < 1:
+        if not sequence.prompt or sequence.limit < 0:
             raise ValueError(
                 f"sequence {sequence.id} has {len(sequence.prompt)} prompt tokens and limit {sequence.limit}: "
-                "give at least one of each"
+                "give at least one prompt token, and a limit of at least 0"
             )
         if sequence.id in self._sequences or sequence.state != "new":
             raise ValueError(f"sequence id {sequence.id} is {sequence.state} already: give every sequence its own")
         if self.needed(sequence) > self.pages.total:
-            positions = len(sequence.prompt) + sequence.limit - 1
+            positions = len(sequence.prompt) + max(0, sequence.limit - 1)
             room = self.pages.total * self.page_tokens
             most = max(0, room + 1 - len(sequence.prompt))
             raise TooLarge(
@@ -181,7 +181,8 @@ class Scheduler:
             sequence.output.extend(new)
             if entry.life == sequence.preemptions:
                 self._register(sequence, entry)
-            if ends or len(sequence.output) >= sequence.limit:
+            whole = isinstance(entry, Decode) or entry.start + entry.length >= len(sequence.prompt)
+            if ends or (whole and len(sequence.output) >= sequence.limit):
                 self._end(sequence)
                 over.append(sequence)
         return over
@@ -275,7 +276,7 @@ class Scheduler:
             cost = max(length, self.page_tokens)
             if turns and cost > left:
                 continue
-            draws = start + length == sequence.target
+            draws = start + length == sequence.target and sequence.limit > 0
             first = sequence.target - count
             known = tuple(sequence.output[first : first + 1]) if draws else ()
             plan.prefill.append(Chunk(sequence, start, length, draws, first, known, sequence.preemptions))

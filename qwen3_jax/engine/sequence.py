@@ -15,7 +15,7 @@ class Sequence:
 
     Attributes:
         id: unique among the sequences that the scheduler holds.
-        limit: generate at most this many tokens, at least 1.
+        limit: generate at most this many tokens; 0 ends it with its prompt.
         priority: lower runs first; equal ones in the order of `add`.
         salt: prefixes are shared only between equal salts.
         stepwise: its next token cannot be planned before its last one is known, as under a grammar. May be changed
@@ -68,8 +68,8 @@ class Chunk:
     """Prefill positions [start, start + length) of a sequence, which attend to all positions before them.
 
     Attributes:
-        draws: whether it completes the prefill and so draws output token `first`; its row decodes from the
-            next plan on.
+        draws: whether it completes the prefill and so draws output token `first`, if there is to be one; its row
+            decodes from the next plan on.
         first: index of the output token it draws.
         known: that token if it is known and drawn again, after a preemption in deterministic mode; else ().
         life: `sequence.preemptions` when it was planned.

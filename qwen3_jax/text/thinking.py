@@ -92,11 +92,13 @@ class ThinkingStream:
 
     Joined by label, the pieces are `split` of all ids whenever the output has one block, as thinking models write it;
     `opened` must be told, since an output without an opening tag cannot be recognised before it ends. Later tags are
-    text of the answer.
+    text of the answer; `raw` makes all of them so.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, opened: bool = False, skip_special_tokens: bool = True):
-        self._tags = ThinkingIds.of(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, *, opened: bool = False, raw: bool = False, skip_special_tokens: bool = True
+    ):
+        self._tags = None if raw else ThinkingIds.of(tokenizer)
         self._text = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._state: Literal["before", "inside", "after"] = "inside" if opened and self._tags else "before"
         self._blank = self._state == "inside"  # newlines at the start of a part are dropped
