@@ -124,6 +124,31 @@ def test_equals_transformers(folder, messages):
         assert template(folder).render(messages, **options) == reference(folder, messages, **options)
 
 
+@each_folder
+@pytest.mark.parametrize("name", [n for n, c in CONVERSATIONS.items() if c[-1]["role"] == "assistant"])
+def test_a_final_message_is_continued_as_by_transformers(folder, name):
+    """Or refused, where transformers refuses it: the template prints another text than the message's."""
+    messages = CONVERSATIONS[name]
+    for more in ({}, {"enable_thinking": False}, {"tools": [WEATHER]}):
+        options = {"add_generation_prompt": False, "continue_final_message": True} | more
+        try:
+            expected = reference(folder, messages, **options)
+        except (ValueError, TypeError):
+            with pytest.raises(TemplateError, match="changes the final message"):
+                template(folder).render(messages, **options)
+        else:
+            assert template(folder).render(messages, **options) == expected
+
+
+def test_a_message_is_continued_or_another_is_begun():
+    with pytest.raises(TemplateError, match="exclude each other"):
+        template(DEMO).render([Q, assistant("a")], continue_final_message=True)
+    with pytest.raises(TemplateError, match="changes the final message"):
+        ChatTemplate("{{ messages[0].role }}").render([Q], add_generation_prompt=False, continue_final_message=True)
+    stripped = ChatTemplate("{% for m in messages %}{{ m.content | trim }}!{% endfor %}")
+    assert stripped.render([user("a b ")], add_generation_prompt=False, continue_final_message=True) == "a b"
+
+
 TEXT = st.text(max_size=12) | st.lists(
     st.sampled_from(["<think>", "</think>", "<tool_response>", "</tool_response>", "\n", "x", " ", "<|im_end|>"]),
     max_size=6,

@@ -21,6 +21,7 @@ from qwen3_jax.text.tokenizer import read_json, token_text
 BASE_UNITS = 1_000_000
 UNITS_PER_ITEM = 64  # more for every list element, dict entry and CHARS_PER_UNIT characters of the messages
 
+OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # follows a message to be continued while it is rendered, as in transformers
 ROLES = ("system", "user", "assistant", "tool")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names a message's reasoning goes by, the first wins
@@ -89,6 +90,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         enable_thinking: bool | None = None,
         **variables: Any,
     ) -> str:
@@ -96,13 +98,20 @@ class ChatTemplate:
 
         Messages are dicts with `role` (one of ROLES), `content` (a string, or text parts, joined by newlines; may be
         missing or None for the assistant) and what the template reads besides: `reasoning_content`, `tool_calls`, …
+        `continue_final_message` ends the text with the content of the last message, for a model to go on with it.
         `enable_thinking=None` leaves the variable unset. Other keywords become template variables. Everything must be
         plain JSON data. Raises TemplateError for bad messages, errors of the template and more work than allowed.
         """
+        turns = checked(messages)
+        final = turns[-1]["content"]
+        if continue_final_message:
+            if add_generation_prompt:
+                raise TemplateError("continue_final_message and add_generation_prompt exclude each other: give one")
+            turns[-1]["content"] = final + OPEN_END
         values: dict[str, Any] = {
             **self._special,
             **variables,
-            "messages": checked(messages),
+            "messages": turns,
             "tools": None if tools is None else [_tool(i, tool) for i, tool in enumerate(tools)],
             "add_generation_prompt": add_generation_prompt,
         }
@@ -112,11 +121,12 @@ class ChatTemplate:
         try:
             values = plain(values)
             with metered(allowance(values)):
-                return self._template(tools is not None).render(values)
+                text = self._template(tools is not None).render(values)
         except TemplateError:
             raise
         except Exception as e:  # a template can raise anything Python's operators and methods raise
             raise TemplateError(f"the chat template cannot render these messages: {_reason(e)}") from None
+        return _up_to_open_end(text, final) if continue_final_message else text
 
     def _template(self, with_tools: bool) -> jinja2.Template:
         if with_tools and "tool_use" in self._templates:
@@ -124,6 +134,15 @@ class ChatTemplate:
         if "default" not in self._templates:
             raise TemplateError(f"no chat template is named 'default', only {sorted(self._templates)}")
         return self._templates["default"]
+
+
+def _up_to_open_end(text: str, final: str) -> str:
+    """Cut a rendered text behind the final message; where the template stripped what follows, the message is too."""
+    mark = OPEN_END.strip()
+    if mark not in text or final.strip() not in text:
+        raise TemplateError("continue_final_message: the chat template changes the final message")
+    at = text.rindex(mark)
+    return text[:at] if text.startswith(OPEN_END, at) else text[:at].rstrip()
 
 
 def allowance(values: Any) -> int:
