@@ -76,18 +76,19 @@ class Batch:
     def _answer(
         self, index: "Index", results: "Results", options: Any, engine_options: EngineOptions, show: "Show"
     ) -> "Tally":
-        from qwen3_jax.engine.engine import Engine
         from qwen3_jax.loaded import load_model
         from qwen3_jax.server.app import create_app
         from qwen3_jax.server.batch import run
+        from qwen3_jax.server.engines import engine_for
 
         model = load_model(
             self.model or Path(__file__).parent / "demo",
             dtype=self.dtype,
             mesh=self.mesh,
+            backbone=None,
             cache=self.compile_cache,
         )
-        engine = Engine(model, engine_options)
+        engine = engine_for(model, engine_options)
         engine.start(show.note)
         try:
             return asyncio.run(

@@ -114,23 +114,31 @@ class Serve:
         return 0
 
     def _load(self, *, progress: bool) -> Any:
+        import jax
+
         from qwen3_jax.loaded import load_model
 
-        return load_model(
+        model = load_model(
             self.folder or Path(__file__).parent / "demo",
             dtype=self.dtype,
             mesh=self.mesh,
+            backbone=None,
             cache=self.compile_cache,
             progress=progress,
         )
+        if model.backbone and jax.process_count() > 1:
+            raise ServeError(
+                f"{model.name} is an embedding model: serve it from one process, not {jax.process_count()}"
+            )
+        return model
 
     def _serve(self, listener: Any, options: Any, engine_options: EngineOptions, tls: Any) -> int:
         import logging
         import logging.config
 
-        from qwen3_jax.engine.engine import Engine
         from qwen3_jax.server import logs
         from qwen3_jax.server.app import create_app
+        from qwen3_jax.server.engines import engine_for
         from qwen3_jax.server.metrics import Metrics
         from qwen3_jax.server.run import end, run
 
@@ -138,7 +146,7 @@ class Serve:
         model = self._load(progress=True)
         logs.log(logging.INFO, "loaded", model=model.name, seconds=round(model.load_s, 2))
         metrics = Metrics(options.names[0] if options.names else model.name)
-        engine = Engine(model, engine_options, observer=metrics)
+        engine = engine_for(model, engine_options, observer=metrics)
         metrics.watch(engine)
         engine.start(lambda line: logs.log(logging.INFO, line))
         try:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen3_jax import checkpoint, compile_cache
+from qwen3_jax.checkpoint import hf, orbax_folder
 from qwen3_jax.checkpoint.folder import open_folder
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.model import Params
@@ -39,6 +40,7 @@ class LoadedModel:
         ops: the formulation the arrays are laid out for.
         mesh, rules: where the arrays lie, if they are spread over devices.
         load_s: seconds that loading took.
+        backbone: the network alone, without lm_head: it embeds, and cannot generate.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LoadedModel:
     mesh: Mesh | None
     rules: Rules | None
     load_s: float
+    backbone: bool = False
 
 
 def load_model(
@@ -60,6 +63,7 @@ def load_model(
     dtype: str | None = None,
     param_dtype: str | None = None,
     mesh: str | None = None,
+    backbone: bool | None = False,
     progress: bool = False,
     cache: str | Path | None = None,
 ) -> LoadedModel:
@@ -72,6 +76,8 @@ def load_model(
         param_dtype: what the parameters are kept in; None is `dtype`, "file" keeps the file's.
         mesh: spread the model over all devices: axis sizes as in "data=1,expert=4,model=4". Every process of the
             mesh makes the same calls and gets the same results.
+        backbone: leave lm_head out, or do without it. None goes by the folder: an embedding model, saved as the network
+            alone, loads as what it is. False refuses one that lacks the lm_head to generate with.
         progress: show a bar while loading.
         cache: folder of the persistent compile cache, "off", or None for the default; see `compile_cache.enable`.
 
@@ -81,7 +87,8 @@ def load_model(
     began = time.perf_counter()
     name, folder = str(folder), checkpoint.resolve(folder)
     name = folder.resolve().name if Path(name).exists() else name
-    found = open_folder(folder)
+    found = open_folder(folder, backbone=backbone)
+    backbone = _is_backbone(found) if backbone is None else backbone
     dtype = dtype or ("bfloat16" if found.config.dtype == "bfloat16" else "float32")
     tokenizer = Tokenizer.from_folder(folder)
     settings = folder / "generation_config.json"
@@ -103,7 +110,7 @@ def load_model(
         ops = XLA if jax.default_backend() == "cpu" else for_platform(jax.default_backend())
         ops = on_mesh(ops, devices, rules)
         config, params = load_sharded(
-            folder, devices, rules, dtype=dtype, param_dtype=param_dtype, ops=ops, progress=progress
+            folder, devices, rules, dtype=dtype, param_dtype=param_dtype, ops=ops, backbone=backbone, progress=progress
         )
     return LoadedModel(
         name=name,
@@ -117,4 +124,16 @@ def load_model(
         mesh=devices,
         rules=rules,
         load_s=time.perf_counter() - began,
+        backbone=backbone,
     )
+
+
+def _is_backbone(found: hf.Checkpoint | orbax_folder.Checkpoint) -> bool:
+    """Tell whether a folder holds the network alone: no lm_head, and nothing that stands for it.
+
+    Tied embeddings would do for a head, but not where the tensors' names are those of the network saved by itself: so
+    come the embedding models, whose training has made them useless for it.
+    """
+    if any(entry.dotted == "lm_head" for entry in found.entries):
+        return False
+    return not found.config.tie_word_embeddings or (found.naming.bare and not found.naming.redundant_head)

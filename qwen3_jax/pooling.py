@@ -10,6 +10,7 @@ in a chat turn with an empty thinking block; its score is softmax over the logit
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,8 +44,9 @@ class PoolingError(ValueError):
 
 
 class Pooler:
-    """Embeds and scores with one model; programs are compiled when a shape is first needed, or by `warm_up`.
+    """Embeds and scores with one model, by the programs "embed" and "score" of each length.
 
+    A program is compiled when it is first needed, or before: by `warm_up` or `compile`.
     Attributes: `programs` {(name, length): compiled program}; `compile_s`, seconds spent compiling.
     """
 
@@ -57,10 +59,11 @@ class Pooler:
         self._model = model
         self._compiled = compiled
         self._everywhere = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec())
+        self._lock = threading.Lock()
         # Embedding needs no lm_head, and embedding models may come without one.
-        backbone = replace(model.config, tie_word_embeddings=True)
-        self._backbone, _ = declare(backbone, dtype=model.dtype, ops=model.ops)
-        self._whole, _ = declare(model.config, dtype=model.dtype, ops=model.ops)
+        alone, _ = declare(replace(model.config, tie_word_embeddings=True), dtype=model.dtype, ops=model.ops)
+        whole, _ = declare(model.config, dtype=model.dtype, ops=model.ops)
+        self._steps = {"embed": functools.partial(_embed, alone), "score": functools.partial(_score, whole)}
 
     def length(self, tokens: int) -> int:
         """Return the bucket of a prompt's length."""
@@ -91,51 +94,60 @@ class Pooler:
 
     def hidden(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Run one part: the final norm's output at each prompt's last token, [n, D] float32."""
-        return self._call("embed", _embed, self._backbone, prompts)
+        return self.run("embed", prompts)
 
     def scores(self, prompts: Sequence[Sequence[int]], *, yes: int, no: int) -> np.ndarray:
         """Run one part: P(yes) of the tokens yes and no at each prompt's last token, [n] float32."""
-        return self._call("score", _score, self._whole, prompts, np.array([no, yes], np.int32))
+        return self.run("score", prompts, yes=yes, no=no)
 
     def embed(self, prompts: Sequence[Sequence[int]], *, dimensions: int | None = None) -> np.ndarray:
         """Embed prompts: unit vectors [n, dimensions] float32."""
         return embeddings(gather(self.parts(prompts), prompts, self.hidden), dimensions)
 
-    def warm_up(self, *names: str) -> None:
-        """Compile the programs of every length for "embed" and "score"."""
-        lengths = {self.length(1 << n) for n in range(self.context.bit_length() + 1)}
-        for length in sorted(n for n in lengths if n <= self.context):
-            if "embed" in names:
-                self.hidden([[0] * length])
-            if "score" in names:
-                self.scores([[0] * length], yes=0, no=0)
-
-    def _call(
-        self, name: str, step: Callable[..., jax.Array], graphdef: Any, prompts: Sequence[Sequence[int]], *more: Any
-    ) -> np.ndarray:
+    def run(self, name: str, prompts: Sequence[Sequence[int]], **ids: int) -> np.ndarray:
+        """Run one part by the program "embed", or "score" with the ids `yes` and `no`."""
         length = self.length(max(map(len, prompts)))
         rows = self.rows(length)
         if len(prompts) > rows:
             raise PoolingError(f"{len(prompts)} prompts of {length} tokens in one call: at most {rows}, see parts")
+        program = self.compile(name, length)
         tokens = np.zeros((rows, length), np.int32)
         lengths = np.ones(rows, np.int32)
         for b, prompt in enumerate(prompts):
             tokens[b, : len(prompt)] = prompt
             lengths[b] = len(prompt)
+        return distributed.fetch(program(*self._arguments(name, tokens, lengths, **ids)))[: len(prompts)]
+
+    def compile(self, name: str, length: int) -> Any:
+        """Return the program "embed" or "score" of a bucket, compiled if it is not there yet; any thread may ask."""
+        if (name, length) not in self.programs:
+            with self._lock:
+                if (name, length) not in self.programs:
+                    began, rows = time.perf_counter(), self.rows(length)
+                    nothing = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+                    program = jax.jit(self._steps[name]).lower(*self._arguments(name, *nothing)).compile()
+                    self.programs[name, length] = program
+                    spent = time.perf_counter() - began
+                    self.compile_s += spent
+                    self._compiled(f"{name} {rows}x{length}", spent)
+        return self.programs[name, length]
+
+    def warm_up(self, *names: str, progress: Callable[[str], None] = lambda text: None) -> None:
+        """Compile the programs of every length for "embed" and "score"; `progress` is told what is being compiled."""
+        for length in sorted({self.length(1 << n) for n in range(self.context.bit_length() + 1)}):
+            for name in names:
+                progress(f"{name} {self.rows(length)}x{length}")
+                self.compile(name, length)
+
+    def _arguments(
+        self, name: str, tokens: np.ndarray, lengths: np.ndarray, *, yes: int = 0, no: int = 0
+    ) -> tuple[Any, ...]:
+        """Return what a program is called with: the parameters it reads, and arrays that lie beside them."""
         params = self._model.params
         if name == "embed":
             params = {key: value for key, value in params.items() if key != "lm_head"}
-        arrays = jax.device_put((tokens, lengths, *more), self._everywhere)
-        program = self.programs.get((name, length))
-        if program is None:
-            began = time.perf_counter()
-            program = jax.jit(functools.partial(step, graphdef))
-            if self._everywhere is None:
-                program = program.lower(params, *arrays).compile()
-            self.programs[name, length] = program
-            self.compile_s += time.perf_counter() - began
-            self._compiled(f"{name} {rows}x{length}", time.perf_counter() - began)
-        return distributed.fetch(program(params, *arrays))[: len(prompts)]
+            return params, *jax.device_put((tokens, lengths), self._everywhere)
+        return params, *jax.device_put((tokens, lengths, np.array([no, yes], np.int32)), self._everywhere)
 
 
 def _last(model: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -183,6 +195,11 @@ def embeddings(hidden: np.ndarray, dimensions: int | None = None) -> np.ndarray:
 def appends_end(tokenizer: Tokenizer) -> bool:
     """Tell whether a folder's tokenizer ends every input with a token of its own, as the embedding models' do."""
     return bool(tokenizer.encode("", add_special_tokens=True))
+
+
+def embeds(model: LoadedModel) -> bool:
+    """Tell whether a model is an embedding model: the network alone, or by its tokenizer."""
+    return model.backbone or appends_end(model.tokenizer)
 
 
 def query_text(query: str, task: str = QUERY_TASK) -> str:

@@ -49,6 +49,7 @@ class FakeEngine:
         config = Qwen3Config.from_file(DEMO / "config.json")
         self.model = SimpleNamespace(
             name="demo",
+            backbone=False,
             config=config,
             tokenizer=tokenizer,
             template=ChatTemplate.from_folder(DEMO),
@@ -102,6 +103,10 @@ class FakeEngine:
         if prompt_logprobs is not None:
             prompt = (None, *(_logprob(t, prompt_logprobs) for t in request.prompt[1:]))
         try:
+            if request.limit == 0:
+                reply.end("length", CLOCK)
+                listener(Update(prompt_logprobs=prompt, completion=reply.completion, stats=self._stats(reply)))
+                return
             for step in self._steps(request):
                 if isinstance(step, Step):
                     stopped.wait(step.wait_s)

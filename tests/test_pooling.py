@@ -1,9 +1,12 @@
 """Embeddings and scores against transformers, on tiny folders that it saved."""
 
 import json
+import re
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -13,6 +16,7 @@ from starlette.testclient import TestClient
 from transformers import Qwen3Model
 
 from qwen3_jax import checkpoint
+from qwen3_jax.cli import main
 from qwen3_jax.engine.observer import Observer
 from qwen3_jax.engine.updates import RequestStats
 from qwen3_jax.loaded import LoadedModel, load_model
@@ -20,6 +24,8 @@ from qwen3_jax.pooling import Pooler, PoolingError, appends_end, embeddings, gat
 from qwen3_jax.server.app import create_app
 from qwen3_jax.text.tokenizer import Tokenizer
 from tests import tiny
+from tests.ports import free_port
+from tests.server_process import started
 from tests.text_folders import DEMO, ours, released
 
 ROWS = 832
@@ -105,6 +111,13 @@ def test_one_program_per_length(pair):
     assert pooler.compile_s > 0
     sizes = [len(part) for part in pooler.parts(prompts([500] * 5 + [3] * 40))]
     assert sizes == [16, 16, 8, 2, 2, 1]
+    pooler.context = 48  # a short one, to warm up for all of it
+    announced: list[str] = []
+    pooler.warm_up("embed", progress=announced.append)
+    assert announced == ["embed 16x16", "embed 16x32", "embed 16x48"]
+    assert told == announced
+    pooler.embed(prompts([1, 17, 33, 48]))
+    assert told == announced
 
 
 def test_a_prompt_embeds_alike_in_any_company(pooler):
@@ -125,20 +138,37 @@ def test_what_cannot_be_pooled(pooler):
         pooler.hidden([[1] * 500] * 3)
 
 
-def test_a_backbone_without_head_embeds(tmp_path):
-    """As the untied Qwen3-Embedding-8B may come: no lm_head, and names without `model.`."""
-    model = tiny.build(vocab_size=ROWS, eos_token_id=768, pad_token_id=768)
-    backbone = model.model
-    assert isinstance(backbone, Qwen3Model)
-    backbone.save_pretrained(tmp_path)
-    companions(tmp_path, ends=True)
-    config, params = checkpoint.load(tmp_path, backbone=True, progress=False)
-    whole = load_model(DEMO, cache="off")
-    loaded = LoadedModel(
-        **{**vars(whole), "config": config, "params": params, "tokenizer": ours(), "dtype": np.dtype("float32")}
-    )
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    """A folder as the untied Qwen3-Embedding-8B may come: no lm_head, and names without `model.`."""
+    folder, model = tmp_path_factory.mktemp("bare"), tiny.build(vocab_size=ROWS, eos_token_id=768, pad_token_id=768)
+    assert isinstance(model.model, Qwen3Model)
+    model.model.save_pretrained(folder)
+    companions(folder, ends=True)
+    return folder, model
+
+
+def test_a_backbone_without_head_embeds(bare):
+    folder, model = bare
+    with pytest.raises(checkpoint.CheckpointError, match=r"lm_head.weight: missing"):
+        load_model(folder, cache="off")  # to generate with
+    loaded = load_model(folder, backbone=None, cache="off")
+    assert loaded.backbone
+    assert "lm_head" not in loaded.params
     given = prompts([5, 12])
     np.testing.assert_allclose(Pooler(loaded).embed(given), reference(model, given), atol=2e-6)
+    spread = load_model(folder, mesh="model=2,data=4", backbone=None, cache="off")
+    np.testing.assert_allclose(Pooler(spread).embed(given), reference(model, given), atol=2e-6)
+
+
+@pytest.mark.parametrize(("tied", "alone"), [(True, False), (True, True), (False, False)])
+def test_a_folder_says_whether_it_generates(tmp_path, tied, alone):
+    """Tied embeddings are a head, except to a network that was saved by itself."""
+    model = tiny.build(vocab_size=ROWS, tie_word_embeddings=tied, eos_token_id=768, pad_token_id=768)
+    (model.model if alone else model).save_pretrained(tmp_path)
+    companions(tmp_path, ends=True)
+    assert load_model(tmp_path, backbone=None, cache="off").backbone == alone
+    assert not load_model(tmp_path, cache="off").backbone
 
 
 def test_the_tokenizer_says_how_inputs_end(pair):
@@ -256,6 +286,72 @@ def test_a_reranker_judges(pair):
     said = client.post("/v1/score", json={"text_1": ["q", "q"], "text_2": ["tea", "milk"]}).json()
     np.testing.assert_allclose([d["score"] for d in said["data"]], expected, atol=2e-6)
     assert said["usage"]["prompt_tokens"] == sum(map(len, ids))
+
+
+def test_serve_offers_what_a_backbone_can_do(bare, tmp_path):
+    """`qwen3-jax serve` and the openai client: embeddings and cosine scores without a compile; one clear refusal."""
+    folder, model = bare
+    tokenizer = Tokenizer.from_folder(folder)
+    port = free_port()
+    command = ["-m", "qwen3_jax", "serve", str(folder), "--port", str(port), "--served-model-name", "e"]
+    with (
+        started([*command, "--compile-cache", "off"], port, tmp_path / "log") as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        compiled = re.findall(rb"\nqwen3:compilations_total.*", server.get("/metrics")[1])
+        for text in ("tea", "a longer cup of tea, " * 5):
+            ids = tokenizer.encode(text, add_special_tokens=True)
+            said = client.embeddings.create(model="e", input=text)
+            np.testing.assert_allclose(said.data[0].embedding, reference(model, [ids])[0], atol=2e-6)
+        scored: Any = client.post("/score", cast_to=object, body={"text_1": "tea", "text_2": ["milk", "tea"]})
+        texts = [query_text("tea"), "milk", "tea"]
+        vectors = reference(model, [tokenizer.encode(t, add_special_tokens=True) for t in texts])
+        np.testing.assert_allclose([d["score"] for d in scored["data"]], vectors[1:] @ vectors[0], atol=2e-6)
+        assert re.findall(rb"\nqwen3:compilations_total.*", server.get("/metrics")[1]) == compiled != []
+        for ask in (
+            lambda: client.chat.completions.create(model="e", messages=[{"role": "user", "content": "Hi"}]),
+            lambda: client.completions.create(model="e", prompt="Hi", stream=True),
+            lambda: client.responses.create(model="e", input="Hi"),
+        ):
+            with pytest.raises(openai.BadRequestError, match="model is an embedding model") as refused:
+                ask()
+            assert refused.value.param == "model"
+        assert server.get("/health")[0] == 200
+        assert json.loads(server.get("/load")[1])["server_load"] == 0
+        assert server.stop() == 0
+
+
+def test_batch_embeds(bare, tmp_path):
+    """`qwen3-jax batch` on lines of /v1/embeddings; a line that would generate is answered with the error."""
+    folder, model = bare
+    tokenizer = Tokenizer.from_folder(folder)
+    texts = ["tea", "coffee", "a cup of tea"]
+    lines = [{"custom_id": text, "method": "POST", "url": "/v1/embeddings", "body": {"input": text}} for text in texts]
+    lines.append({"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}})
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["batch", str(source), str(target), "--model", str(folder), "--compile-cache", "off"]) == 1
+    answers = {a["custom_id"]: a["response"] for a in map(json.loads, target.read_text().splitlines())}
+    got = [answers[text]["body"]["data"][0]["embedding"] for text in texts]
+    expected = reference(model, [tokenizer.encode(text, add_special_tokens=True) for text in texts])
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    assert answers["x"]["status_code"] == 400
+
+
+def test_programs_of_a_generator_are_compiled_beside_its_engine(pair):
+    """Nothing is warmed up for a model that generates; what it first needs is not compiled on the engine's thread."""
+    loaded = LoadedModel(**{**vars(pair[0]), "tokenizer": ours()})
+    engine, compilers = Stub(loaded), []
+    engine.observer.compiled = lambda name, seconds: compilers.append((name, threading.current_thread().name))
+    app = create_app(engine)
+    app.state.serving.warm_up(lambda text: None)
+    assert compilers == []
+    client = TestClient(app)
+    for _ in range(2):
+        assert client.post("/v1/embeddings", json={"input": ["a", "b"]}).status_code == 200
+    ((name, thread),) = compilers
+    assert name == "embed 16x16"
+    assert thread.startswith("compiler")
 
 
 @pytest.mark.parametrize(

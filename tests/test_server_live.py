@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.client
 import json
+import re
 import socket
 import time
 from typing import Any
@@ -309,7 +310,31 @@ class TestCompletions:
         only = client.completions.create(model="demo", prompt="The sky is", echo=True, logprobs=2, max_tokens=0)
         n = len(only.choices[0].logprobs.tokens)
         assert only.choices[0].text == "The sky is"
+        assert only.choices[0].finish_reason == "length"
+        assert only.usage.completion_tokens == 0
+        assert only.usage.prompt_tokens == n
         assert only.choices[0].logprobs.token_logprobs[1:] == pytest.approx(logprobs.token_logprobs[1:n], abs=1e-4)
+
+    def test_a_prompt_is_read_without_a_token(self, client, server):
+        """echo and max_tokens 0, over several chunks: the metrics, too, count no generated token."""
+
+        def counted() -> list[float]:
+            text: Any = client.get(f"{server.url}/metrics", cast_to=str)
+            names = ("prompt_tokens", "generation_tokens", "generation_tokens_read")
+            return [float(re.findall(rf"\nqwen3:{name}_total\S* (\S+)", text)[0]) for name in names]
+
+        fields = {"model": "demo", "prompt": "One, two, three. " * 20, "echo": True, "logprobs": 1}
+        before = counted()
+        only = client.completions.create(**fields, max_tokens=0)
+        after = counted()
+        more = client.completions.create(**fields, max_tokens=1)
+        n = only.usage.prompt_tokens
+        assert n > 2 * 64
+        assert [b - a for a, b in zip(before, after, strict=True)] == [n, 0, 0]
+        assert only.choices[0].logprobs.token_logprobs[1:] == more.choices[0].logprobs.token_logprobs[1:n]
+        chunks = [*client.completions.create(**fields, max_tokens=0, stream=True)]
+        assert "".join(c.choices[0].text for c in chunks) == fields["prompt"]
+        assert chunks[-1].choices[0].finish_reason == "length"
 
     def test_streams_equal_plain(self, client):
         fields = {"model": "demo", "prompt": ["One", "Two"], "n": 2, "seed": 9, "max_tokens": 12, "echo": True}

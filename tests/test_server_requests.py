@@ -12,8 +12,10 @@ from qwen3_jax.server.app import create_app
 from qwen3_jax.server.options import ServerOptionError, ServerOptions
 from tests.asgi import request
 from tests.fake_engine import FakeEngine, Step
+from tests.text_folders import theirs
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+OPEN = [*MESSAGES, {"role": "assistant", "content": "Hello, wo"}]
 KEY = "sk-correct"
 CHAT = {"messages": MESSAGES, "max_tokens": 20}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
@@ -61,6 +63,8 @@ GOOD = [
     {"best_of": 10**9}, {"user": "me", "metadata": {"a": "b"}, "store": True, "nobody_knows": [1, {}]},
     {"model": "demo"},
     {"max_completion_tokens": 5}, {"max_tokens": 1}, {"skip_special_tokens": True}, {"service_tier": "auto"},
+    {"skip_special_tokens": False}, {"add_generation_prompt": False},
+    {"messages": OPEN, "continue_final_message": True, "add_generation_prompt": False},
 ]  # fmt: skip
 
 BAD = [
@@ -124,8 +128,12 @@ BAD = [
     ({"thinking_token_budget": 3.0}, "thinking_token_budget"),
     ({"thinking_token_budget": "3"}, "thinking_token_budget"),
     ({"stream_options": {"include_usage": True}}, "stream_options"), ({"stream": "yes"}, "stream"),
-    ({"continue_final_message": True}, "continue_final_message"), ({"add_generation_prompt": False}, None),
-    ({"skip_special_tokens": False}, "skip_special_tokens"), ({"functions": [{}]}, "functions"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"messages": OPEN, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+    ({"messages": [*MESSAGES, {"role": "assistant"}], "continue_final_message": True}, "continue_final_message"),
+    ({"messages": [*MESSAGES, OPEN[-1] | {"tool_calls": [{"function": {"name": "look"}}]}],
+      "continue_final_message": True}, "continue_final_message"),
+    ({"functions": [{}]}, "functions"), ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     ({"audio": {"voice": "x"}}, "audio"), ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
     ({"use_beam_search": True}, "use_beam_search"), ({"logits_processors": ["os.system"]}, "logits_processors"),
     ({"messages": []}, "messages"), ({"messages": None}, "messages"), ({"messages": "hi"}, "messages"),
@@ -493,6 +501,31 @@ class TestTokenize:
         count = request(app, "POST", "/tokenize", body).json()["count"]
         assert request(app, "POST", "/v1/chat/completions", CHAT | body).json()["usage"]["prompt_tokens"] == count
 
+    @pytest.mark.parametrize(
+        "last",
+        ["Hello, wo", "", " spaces \n ", "<think>\nhm\n</think>\n\nSo", {"reasoning_content": "hm", "content": "So "}],
+        ids=str,
+    )
+    def test_a_final_message_is_continued_as_by_transformers(self, app, engine, last):
+        last = {"role": "assistant"} | (last if isinstance(last, dict) else {"content": last})
+        messages = [*MESSAGES, last]
+        expected = theirs().apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        body = {"messages": messages, "continue_final_message": True}
+        said = request(app, "POST", "/tokenize", body).json()
+        assert engine.model.tokenizer.decode(said["tokens"]) == expected
+        assert expected.endswith(last["content"])
+        continued = request(app, "POST", "/v1/chat/completions", CHAT | body)
+        assert continued.json()["usage"]["prompt_tokens"] == said["count"]
+        assert list(engine.asked[-1].request.prompt) == said["tokens"]
+
+    def test_a_message_that_the_template_changes_cannot_be_continued(self, app):
+        """Transformers refuses it too: `<think>` alone is taken for the beginning of a block."""
+        messages = [*MESSAGES, {"role": "assistant", "content": "a</think>\n\n\nb"}]
+        with pytest.raises(ValueError, match="does not appear"):
+            theirs().apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        body = {"messages": messages, "continue_final_message": True}
+        assert "final message" in request(app, "POST", "/tokenize", body).error["message"]
+
     @pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": MESSAGES}, {"prompt": 5}, {"messages": []}])
     def test_refused(self, app, body):
         assert request(app, "POST", "/tokenize", body).error["code"] == 400
@@ -593,6 +626,39 @@ class TestAnswers:
         as_parts = chat(app, messages=[{"role": "developer", "content": "x"}, {"role": "user", "content": parts}])
         as_text = chat(app, messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "a\nb"}])
         assert as_parts.json()["usage"]["prompt_tokens"] == as_text.json()["usage"]["prompt_tokens"]
+
+    def test_special_tokens_are_kept_if_asked_for(self):
+        app = create_app(FakeEngine(lambda request: "<think>\n<|box_start|>\n</think>\n\na<|box_start|>b"))
+        for kept, fields in (("", {}), ("<|box_start|>", {"skip_special_tokens": False})):
+            message = chat(app, **fields).json()["choices"][0]["message"]
+            assert (message["content"], message["reasoning"] or "") == (f"a{kept}b", kept)
+            text = complete(app, max_tokens=100, **fields).json()["choices"][0]["text"]
+            assert text == f"<think>\n{kept}\n</think>\n\na{kept}b"
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_prompt_is_read_without_a_token(self, app, engine, stream):
+        """echo, log-probabilities and max_tokens 0: nothing is generated, and nothing counted."""
+        options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        fields = {"prompt": ["Hello", "you"], "n": 2, "echo": True, "max_tokens": 0, "logprobs": 1} | options
+        said = complete(app, **fields)
+        chunks = said.events() if stream else [said.json()]
+        choices = [c for chunk in chunks for c in chunk["choices"]]
+        assert ["".join(c["text"] for c in choices if c["index"] == i) for i in range(4)] == ["Hello"] * 2 + ["you"] * 2
+        assert [c["finish_reason"] for c in choices if c["finish_reason"]] == ["length"] * 4
+        for i, prompt in enumerate(["Hello", "Hello", "you", "you"]):
+            ids = engine.model.tokenizer.encode(prompt)
+            (found,) = [c["logprobs"]["tokens"] for c in choices if c["index"] == i and c["logprobs"]]
+            assert found == [engine.model.tokenizer.decode([t]) for t in ids]
+        usage = chunks[-1]["usage"]
+        prompt_tokens = sum(len(engine.model.tokenizer.encode(p)) for p in ("Hello", "you"))
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt_tokens, 0)
+        assert [asked.request.limit for asked in engine.asked[-4:]] == [0] * 4
+
+    def test_a_stop_string_may_span_the_tags(self, app):
+        said = complete(app, max_tokens=100, stop=["m\n</think>"]).json()
+        assert said["choices"][0]["text"] == "<think>\nh"
+        assert said["choices"][0]["stop_reason"] == "m\n</think>"
+        assert said["usage"]["completion_tokens"] < 10
 
     def test_completions_keep_the_tags(self, app):
         assert complete(app, max_tokens=100).json()["choices"][0]["text"] == "<think>\nhm\n</think>\n\nAn answer."

@@ -1,7 +1,7 @@
 """What an engine tells of itself while it runs: methods that do nothing, to be overridden by whoever counts.
 
-All are called on the engine's thread, except `rejected`, which is called on the thread that submits; they must be quick
-and must not raise.
+All are called on the engine's thread, except `rejected`, which is called on the thread that submits, and `compiled`,
+which may be called on any; they must be quick and must not raise.
 """
 
 from qwen3_jax.engine.updates import RequestStats
@@ -40,7 +40,7 @@ class Observer:
         """Hear of a request that was refused: "queue", "queue_tokens" or "stopped"."""
 
     def compiled(self, name: str, seconds: float) -> None:
-        """Hear of a program that was compiled; after the warm-up there is none."""
+        """Hear of a program that was compiled; to generate, none is after the warm-up."""
 
     def corrupted(self) -> None:
         """Hear of a request whose logits were not finite."""

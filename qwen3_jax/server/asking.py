@@ -22,6 +22,20 @@ STOP = 2048  # characters; a search for one takes about 1 kB for each
 BAD_WORD = 256  # characters
 
 
+def begin(state: Serving, body: Generating) -> str:
+    """Return the name to answer with, if the model can do what a request wants of it.
+
+    Raises:
+        ApiError: 404, another model is asked for; 400, this one does not generate, or what nothing here can do.
+    """
+    model = state.check_model(body.model)
+    if state.model.backbone:
+        raise refuse("model", "model is an embedding model, it has no lm_head to generate with: use /v1/embeddings")
+    if body.spaces_between_special_tokens is False:
+        raise refuse("spaces_between_special_tokens", "spaces_between_special_tokens is not supported: leave it out")
+    return model
+
+
 def sampling(
     state: Serving, body: Generating, ids: Sequence[int], *, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
@@ -71,10 +85,12 @@ def choices(
     name: str,
     prompt_logprobs: int | None = None,
     of_each: bool = False,
+    raw: bool = False,
 ) -> list[Ask]:
     """Return one engine request per choice; with a seed, choice i has seed + i.
 
-    Log-probabilities of the prompt are asked for once, with the first choice, unless `of_each`.
+    Log-probabilities of the prompt are asked for once, with the first choice, unless `of_each`; `raw` is that of
+    `Request`.
 
     Raises:
         ApiError: more choices than allowed.
@@ -90,6 +106,7 @@ def choices(
             raise refuse("min_tokens", "min_tokens is not supported together with a form of the answer or token rules")
         params = params.replace(min_tokens=0)
     first = state.engine.requests.make(ids, params, name=name)
+    first = replace(first, raw=raw, skip_special_tokens=body.skip_special_tokens is not False)
     if isinstance(grammar, TokenRules):
         first = replace(first, thinks=False)  # a grammar holds from the end of the thinking on, these rules from now
     if first.params.min_tokens > first.limit:
@@ -147,13 +164,3 @@ def rules(state: Serving, body: Generating, *, other: bool) -> TokenRules | None
     if not all(0 < len(word) <= BAD_WORD for word in words):
         raise refuse("bad_words", f"bad_words must be texts of 1 to {BAD_WORD} characters")
     return TokenRules(state.model.tokenizer, state.model.config.vocab_size, allowed=allowed, words=words)
-
-
-def refuse_unsupported(body: Generating) -> None:
-    """Refuse what cannot be done.
-
-    Raises:
-        ApiError: naming the field.
-    """
-    if body.spaces_between_special_tokens is False:
-        raise refuse("spaces_between_special_tokens", "spaces_between_special_tokens is not supported: leave it out")

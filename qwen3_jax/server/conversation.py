@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3_jax.server.errors import clip, refuse
-from qwen3_jax.server.schema import Tool
+from qwen3_jax.server.schema import Rendering
 from qwen3_jax.server.serving import INLINE, Serving
 from qwen3_jax.text.template import ChatTemplate, TemplateError
 
@@ -24,21 +24,19 @@ RESERVED = re.compile(
 async def prompt_ids(
     state: Serving,
     messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
+    body: Rendering,
     *,
     enable_thinking: bool | None = None,
-    add_generation_prompt: bool = True,
-    chat_template: str | None = None,
-    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Render a conversation and turn it into ids, off the event loop if it is long.
+    """Render a conversation as a body wants it and turn it into ids, off the event loop if it is long.
 
     Raises:
-        ApiError: content that is not text, a template in the request, no template, too long for the context.
-        TemplateError: messages that the template cannot render.
+        ApiError: content that is not text, a template in the request, too long for the context, or a final message
+            that cannot be continued.
+        TemplateError: no template, or messages that it cannot render.
     """
-    variables = dict(variables or {})
-    source = chat_template or variables.get("chat_template")
+    variables = body.chat_template_kwargs or {}
+    source = body.chat_template or variables.get("chat_template")
     if source and not state.options.trust_request_chat_template:
         raise refuse("chat_template", "chat_template is refused: this server runs the model's own template only")
     switch = variables.get("enable_thinking") if enable_thinking is None else enable_thinking
@@ -49,6 +47,9 @@ async def prompt_ids(
             "messages", f"messages are {len(messages)}, of {parts} parts: the context is {state.context} tokens"
         )
     turns = [message(i, m) for i, m in enumerate(messages)]
+    if open_ended := bool(body.continue_final_message):
+        _check_open(turns)
+    tools = None if body.tools is None else [tool.model_dump(exclude_none=True) for tool in body.tools]
     size = sum(len(str(turn.get("content", ""))) + len(str(turn.get("reasoning_content", ""))) for turn in turns)
     size += 0 if not tools else len(str(tools))
     if size > state.most_characters:
@@ -60,7 +61,8 @@ async def prompt_ids(
         source,
         turns,
         tools,
-        add_generation_prompt=add_generation_prompt,
+        add_generation_prompt=not open_ended if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=open_ended,
         enable_thinking=switch,
         **given,
     )
@@ -135,6 +137,11 @@ def _call(place: str, call: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def tool_dicts(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
-    """Return tools as a template prints them."""
-    return None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
+def _check_open(turns: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to continue a final message that is not the assistant's, or in which something follows the content."""
+    last = turns[-1] if turns else {}
+    if last.get("role") != "assistant" or "content" not in last or "tool_calls" in last:
+        raise refuse(
+            "continue_final_message",
+            "continue_final_message needs a final message of the assistant's, with content and without tool_calls",
+        )

@@ -2,15 +2,14 @@
 
 texts → ids → parts of a few rows (`pooling`) → the engine's thread, one part between two of its steps → the answer.
 
-A folder whose tokenizer ends every input with a token of its own is an embedding model: it scores a query and a
-document by the cosine of their vectors. Any other judges them as Qwen3-Reranker does, by the token "yes" against "no".
+An embedding model, see `pooling.embeds`, scores a query and a document by the cosine of their vectors. Any other judges
+them as Qwen3-Reranker does, by the token "yes" against "no".
 """
 
-import asyncio
 import base64
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import jax
@@ -20,7 +19,7 @@ from pydantic import Field, model_validator
 
 from qwen3_jax import pooling
 from qwen3_jax.engine.updates import RequestStats
-from qwen3_jax.pooling import QUERY_TASK, Pooler
+from qwen3_jax.pooling import QUERY_TASK
 from qwen3_jax.server import shapes
 from qwen3_jax.server.body import read
 from qwen3_jax.server.errors import ApiError, refuse
@@ -114,7 +113,7 @@ async def embeddings(http: Request) -> dict[str, Any]:
     if body.dimensions is not None and body.dimensions > most:
         raise refuse("dimensions", f"dimensions is {body.dimensions}: the model has 1 to {most}")
     ids = await _ids(state, given)
-    hidden = await watched(http, _pooled(http, ids, lambda pooler: pooler.hidden))
+    hidden = await watched(http, _pooled(http, "embed", ids))
     vectors = pooling.embeddings(hidden, body.dimensions)
     usage = _usage(http, ids)
     return {
@@ -174,7 +173,7 @@ async def _scored(
     """Return the score of each (query, document), and the usage."""
     state, task = serving(http), instruction or QUERY_TASK
     tokenizer = state.model.tokenizer
-    if not pooling.appends_end(tokenizer):
+    if not pooling.embeds(state.model):
         yes, no = pooling.verdicts(tokenizer)
         ids = []
         for query, document in pairs:
@@ -182,11 +181,11 @@ async def _scored(
                 pooling.judged, tokenizer, query, document[: state.most_characters], context=state.context, task=task
             )
             ids.append(await state.off_loop(write, size=len(query) + len(document)))
-        found = await watched(http, _pooled(http, ids, lambda p: functools.partial(p.scores, yes=yes, no=no)))
+        found = await watched(http, _pooled(http, "score", ids, yes=yes, no=no))
         return [float(s) for s in found], _usage(http, ids)
     queries = list(dict.fromkeys(query for query, _ in pairs))
     ids = await _ids(state, [*(pooling.query_text(q, task) for q in queries), *(document for _, document in pairs)])
-    vectors = pooling.embeddings(await watched(http, _pooled(http, ids, lambda pooler: pooler.hidden)))
+    vectors = pooling.embeddings(await watched(http, _pooled(http, "embed", ids)))
     place = {query: i for i, query in enumerate(queries)}
     asked = vectors[[place[query] for query, _ in pairs]]
     return [float(s) for s in np.sum(asked * vectors[len(queries) :], axis=-1)], _usage(http, ids)
@@ -206,37 +205,25 @@ async def _ids(state: Serving, given: Sequence[str] | Sequence[list[int]]) -> li
     return ids
 
 
-async def _pooled(http: Request, ids: list[list[int]], method: Callable[[Pooler], Any]) -> np.ndarray:
-    """Run prompts on the engine's thread, part by part, so that streams go on in between."""
+async def _pooled(http: Request, name: str, prompts: list[list[int]], **ids: int) -> np.ndarray:
+    """Run prompts by a program of the pooler, part by part, so that streams go on in between."""
     state = serving(http)
     if state.draining:
         raise ApiError(503, "the server is shutting down", headers={"connection": "close"})
     if jax.process_count() > 1:
         raise ApiError(501, "embeddings and scores are not served from several processes: start a server of one")
-    pooler = _pooler(http)
-    call, began = method(pooler), time.perf_counter()
-    out: list[Any] = [None] * len(ids)
-    for part in pooler.parts(ids):
-        rows = await asyncio.wrap_future(state.engine.call(functools.partial(call, [ids[i] for i in part])))
+    began = time.perf_counter()
+    out: list[Any] = [None] * len(prompts)
+    for part in state.pooler.parts(prompts):
+        rows = await state.pooled(name, [prompts[i] for i in part], **ids)
         for i, row in zip(part, rows, strict=True):
             out[i] = row
     if (observer := getattr(state.engine, "observer", None)) is not None:
         seconds = time.perf_counter() - began
-        tokens = sum(map(len, ids))
+        tokens = sum(map(len, prompts))
         stats = RequestStats(tokens, 0, 0, 0, 0.0, seconds, 0.0, None, seconds, 0, 0)
         state.engine.call(functools.partial(observer.finished, stats, finish_reason="stop"))
     return np.stack(out)
-
-
-def _pooler(http: Request) -> Pooler:
-    """Return the application's pooler, made when first needed."""
-    state = http.app.state
-    if getattr(state, "pooler", None) is None:
-        engine = serving(http).engine
-        observer = getattr(engine, "observer", None)
-        heard = {} if observer is None else {"compiled": observer.compiled}
-        state.pooler = Pooler(engine.model, **heard)
-    return state.pooler
 
 
 def _usage(http: Request, ids: list[list[int]]) -> dict[str, int]:

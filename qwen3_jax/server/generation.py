@@ -16,7 +16,6 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from qwen3_jax.engine.updates import Ticket, Update
-from qwen3_jax.reply import Completion
 from qwen3_jax.request import Request
 from qwen3_jax.server import errors
 from qwen3_jax.server.errors import ApiError
@@ -53,6 +52,7 @@ class Run:
         self._register = register
         self.tickets: list[Ticket] = []
         self.ended: dict[int, Update] = {}  # the last update of each
+        self.generated = 0  # tokens handed over so far
         if register is not None:
             register.add(self)
         try:
@@ -82,6 +82,7 @@ class Run:
     async def __aiter__(self) -> AsyncIterator[tuple[int, Update]]:
         while len(self.ended) < len(self.tickets):
             index, update = await self._updates.get()
+            self.generated += len(update.tokens)
             if update.completion is not None or update.error is not None:
                 self.ended[index] = update
                 self._check(update)
@@ -107,19 +108,6 @@ class Run:
         self.cancel()
         if self._register is not None:
             self._register.discard(self)
-
-
-async def collect(run: Run) -> list[tuple[list[Update], Completion]]:
-    """Wait for all requests; return the updates and the completion of each.
-
-    Raises:
-        ApiError: one of them failed.
-    """
-    updates: list[list[Update]] = [[] for _ in run.tickets]
-    async for i, update in run:
-        updates[i].append(update)
-    last = [mine[-1].completion for mine in updates]
-    return [(mine, done) for mine, done in zip(updates, last, strict=True) if done is not None]
 
 
 async def watched(http: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result:

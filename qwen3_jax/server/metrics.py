@@ -56,7 +56,7 @@ class Metrics(Observer):
         self._hits = count("prefix_cache_hits", "Prompt tokens found there.")
         self._corrupted = count("corrupted_requests", "Requests whose logits were not finite.")
         self._rejected = count("admission_rejections", "Requests refused unqueued.", "reason", values=REJECTIONS)
-        self._compiled = count("compilations", "Programs compiled; constant after the warm-up.")
+        self._compiled = count("compilations", "Programs compiled; to generate, none after the start.")
         self._compile_s = count("compilation_seconds", "Seconds spent compiling.")
         self._steps = count("engine_steps", "Turns of the engine's loop.")
         self._computed = count("prompt_tokens_computed", "Prompt tokens run through the network, again ones included.")

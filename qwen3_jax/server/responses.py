@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from qwen3_jax.server import chat, shapes
+from qwen3_jax.server import chat
 from qwen3_jax.server.body import read
 from qwen3_jax.server.errors import ApiError, clip
 from qwen3_jax.server.generation import EventStream, Run, event, watched
@@ -71,7 +71,7 @@ async def _events(run: Run, output: "Output", prepared: chat.Prepared, log: dict
             logprobs = []
     for said in output.close():
         yield said
-    usage = shapes.usage_of([list(run.ended.values())])
+    usage = prepared.usage(run.ended)
     log.update(usage | {"finish_reason": choice.finish_reason})
     output.end(choice.finish_reason, usage)
     yield output.event(f"response.{output.status}", response=output.response())

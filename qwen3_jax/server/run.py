@@ -96,7 +96,7 @@ def run(
     tls: Tls | None = None,
     log_level: str = "info",
 ) -> int:
-    """Serve until a signal or the engine's failure; return the exit code. Call it on the main thread."""
+    """Warm up and serve until a signal or the engine's failure; return the exit code. Call it on the main thread."""
     tls = tls or Tls()
     _raise_file_limit(options.max_connections)
     config = uvicorn.Config(
@@ -117,6 +117,7 @@ def run(
         ssl_ciphers=tls.ciphers,  # pyright: ignore[reportArgumentType]
     )
     config.load()
+    app.state.serving.warm_up(lambda line: log(logging.INFO, line))
     server = _Server(config, app.state.serving)
     host, port = listener.getsockname()[:2]
     scheme = "https" if config.is_ssl else "http"

@@ -191,29 +191,29 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class Conversation(Body):
-    """Messages and how the chat template is to render them."""
+class Rendering(Body):
+    """How the chat template is to render messages: open for a new one of the assistant's, or in its last one."""
 
-    messages: Objects = Field(min_length=1)
     tools: Annotated[list[Tool] | None, few(256)] = Field(None, min_length=1)
     chat_template: str | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, few(64)] = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None  # unset: unless the final message is continued
     continue_final_message: bool | None = None
 
     @model_validator(mode="after")
     def _renders(self) -> Self:
-        if self.continue_final_message:
-            raise ValueError("continue_final_message is not supported: use /v1/completions with the rendered prompt")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message needs add_generation_prompt to be false, or unset")
         switch = (self.chat_template_kwargs or {}).get("enable_thinking")
         if switch is not None and not isinstance(switch, bool):
             raise ValueError("chat_template_kwargs.enable_thinking must be true or false")
         return self
 
 
-class ChatBody(Generating, Conversation):
+class ChatBody(Generating, Rendering):
     """POST /v1/chat/completions."""
 
+    messages: Objects = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -245,8 +245,6 @@ class ChatBody(Generating, Conversation):
             wanted, names = self.tool_choice.function.name, [t.function.name for t in self.tools or ()]
             if wanted not in names:
                 raise ValueError(f"tool_choice names {wanted[:64]!r}, which is not one of the tools")
-        if not self.add_generation_prompt:
-            raise ValueError("add_generation_prompt must be true to generate")
         return self
 
 
@@ -309,16 +307,12 @@ class ResponsesBody(Generating):
         return value
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Rendering):
     """POST /tokenize: a prompt, or a conversation."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Objects | None = None
-    tools: Annotated[list[Tool] | None, few(256)] = Field(None, min_length=1)
-    chat_template: str | None = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, few(64)] = None
-    add_generation_prompt: bool = True
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import jax
+import numpy as np
 from fastapi import Request as HttpRequest
 
+from qwen3_jax import pooling
 from qwen3_jax.server.errors import ApiError, clip, refuse
 from qwen3_jax.server.generation import Ask, Run
 from qwen3_jax.server.options import ServerOptions
@@ -37,8 +40,23 @@ class Serving:
         self.draining = False
         self.runs: set[Run] = set()
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="text")
-        self._compilers = ThreadPoolExecutor(4, thread_name_prefix="grammar")
+        self._compilers = ThreadPoolExecutor(4, thread_name_prefix="compiler")
         self.constraints = Constraints(engine.model.tokenizer, engine.model.config.vocab_size)
+
+    @functools.cached_property
+    def pooler(self) -> pooling.Pooler:
+        """What embeds and scores."""
+        observer = getattr(self.engine, "observer", None)
+        return pooling.Pooler(self.model, **({} if observer is None else {"compiled": observer.compiled}))
+
+    def warm_up(self, progress: Callable[[str], None]) -> None:
+        """Compile what an embedding model runs, before it is asked; `progress` is told of each program.
+
+        Any other model is mostly asked to generate: what it embeds and scores with is compiled when it is first needed,
+        in a thread, while its engine goes on.
+        """
+        if jax.process_count() == 1 and pooling.embeds(self.model):
+            self.pooler.warm_up("embed", progress=progress)
 
     @functools.cached_property
     def most_characters(self) -> int:
@@ -95,11 +113,22 @@ class Serving:
         """
         if wanted is None:
             return None
-        compile = functools.partial(self.constraints.compile, Constraint(wanted.kind, wanted.value))
+        constraint = Constraint(wanted.kind, wanted.value)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._compilers, compile)
+            return await self._compiled(self.constraints.compile, constraint)
         except ConstraintError as error:
             raise refuse(wanted.field, f"{wanted.field}: {error}") from None
+
+    async def pooled(self, name: str, prompts: Sequence[Sequence[int]], **ids: int) -> np.ndarray:
+        """Run one part of a `Pooler` on the engine's thread, its program compiled in another if it is not yet there."""
+        pooler = self.pooler
+        length = pooler.length(max(map(len, prompts)))
+        if (name, length) not in pooler.programs:
+            await self._compiled(pooler.compile, name, length)
+        return await asyncio.wrap_future(self.engine.call(functools.partial(pooler.run, name, prompts, **ids)))
+
+    async def _compiled(self, compile: Callable[..., Result], *args: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._compilers, compile, *args)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse token ids that the model does not have."""

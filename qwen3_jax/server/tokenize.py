@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from qwen3_jax.server.body import read
-from qwen3_jax.server.conversation import prompt_ids, tool_dicts
+from qwen3_jax.server.conversation import prompt_ids
 from qwen3_jax.server.schema import DetokenizeBody, TokenizeBody
 from qwen3_jax.server.serving import serving
 
@@ -22,14 +22,7 @@ async def tokenize(http: Request) -> dict[str, Any]:
     if body.prompt is not None:
         ids = await state.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     else:
-        ids = await prompt_ids(
-            state,
-            body.messages or [],
-            tool_dicts(body.tools),
-            add_generation_prompt=body.add_generation_prompt,
-            chat_template=body.chat_template,
-            variables=body.chat_template_kwargs,
-        )
+        ids = await prompt_ids(state, body.messages or [], body)
     said: dict[str, Any] = {"count": len(ids), "max_model_len": state.context, "tokens": ids}
     if body.return_token_strs:
         texts = [state.model.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids]
