@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from transformers import Qwen3Model
 from qwen3_jax import checkpoint
 from qwen3_jax.cli import main
 from qwen3_jax.engine.observer import Observer
-from qwen3_jax.engine.updates import RequestStats
+from qwen3_jax.engine.updates import EngineStopped, RequestStats
 from qwen3_jax.loaded import LoadedModel, load_model
 from qwen3_jax.pooling import Pooler, PoolingError, appends_end, embeddings, gather, judged, query_text, verdicts
 from qwen3_jax.server.app import create_app
+from qwen3_jax.server.engines import PoolingEngine
 from qwen3_jax.text.tokenizer import Tokenizer
 from tests import tiny
 from tests.ports import free_port
@@ -203,25 +204,28 @@ def test_released_ids():
 # --- Over HTTP --------------------------------------------------------------------------------------------------------
 
 
-class Stub:
-    """What the routes ask of an engine, on a thread of its own."""
+class Heard(Observer):
+    """Remembers what the routes tell, and on which threads programs were compiled."""
 
-    failure = None
+    def __init__(self) -> None:
+        self.finishes: list[RequestStats] = []
+        self.compiles: list[tuple[str, str]] = []
 
-    def __init__(self, model: LoadedModel):
-        self.model = model
-        self.heard: list[RequestStats] = []
-        self.observer = Observer()
-        self.observer.finished = lambda stats, *, finish_reason: self.heard.append(stats)
-        self._thread = ThreadPoolExecutor(1)
+    def finished(self, stats, *, finish_reason):
+        self.finishes.append(stats)
 
-    def call(self, function):
-        return self._thread.submit(function)
+    def compiled(self, name, seconds):
+        self.compiles.append((name, threading.current_thread().name))
 
 
 @pytest.fixture(scope="module")
-def engine(pair) -> Stub:
-    return Stub(pair[0])
+def engine(pair) -> Iterator[PoolingEngine]:
+    engine = PoolingEngine(pair[0], observer=Heard())
+    yield engine
+    engine.stop()
+    with pytest.raises(EngineStopped, match="has been stopped"):
+        engine.call(int)
+    assert engine.load().running == engine.load().waiting == 0
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +248,7 @@ def test_the_openai_client_gets_embeddings(pair, engine, openai_client):
     np.testing.assert_allclose([d.embedding for d in packed.data], expected, atol=2e-6)
     assert [d.index for d in packed.data] == [0, 1]
     assert packed.usage.prompt_tokens == packed.usage.total_tokens == sum(map(len, ids))
-    assert engine.heard[-1].prompt_tokens == packed.usage.prompt_tokens
+    assert engine.observer.finishes[-1].prompt_tokens == packed.usage.prompt_tokens
     plain = openai_client.embeddings.create(model=name, input=ids, encoding_format="float", dimensions=8)
     np.testing.assert_allclose([d.embedding for d in plain.data], reference(pair[1], ids, 8), atol=2e-6)
     one = openai_client.embeddings.create(model=name, input=ids[0], encoding_format="float")
@@ -277,7 +281,7 @@ def test_a_reranker_judges(pair):
     for token in gone:
         settings["added_tokens_decoder"].pop(str(token["id"]))
     tokenizer = Tokenizer(spec, settings, (770,))
-    client = TestClient(create_app(Stub(LoadedModel(**{**vars(pair[0]), "tokenizer": tokenizer}))))
+    client = TestClient(create_app(PoolingEngine(LoadedModel(**{**vars(pair[0]), "tokenizer": tokenizer}))))
     ids = [judged(tokenizer, "q", d, context=512) for d in ("tea", "milk")]
     yes, no = verdicts(tokenizer)
     with torch.inference_mode():
@@ -341,15 +345,14 @@ def test_batch_embeds(bare, tmp_path):
 def test_programs_of_a_generator_are_compiled_beside_its_engine(pair):
     """Nothing is warmed up for a model that generates; what it first needs is not compiled on the engine's thread."""
     loaded = LoadedModel(**{**vars(pair[0]), "tokenizer": ours()})
-    engine, compilers = Stub(loaded), []
-    engine.observer.compiled = lambda name, seconds: compilers.append((name, threading.current_thread().name))
-    app = create_app(engine)
-    app.state.serving.warm_up(lambda text: None)
-    assert compilers == []
+    heard = Heard()
+    app = create_app(PoolingEngine(loaded, observer=heard))
+    app.state.serving.warm_up()
+    assert heard.compiles == []
     client = TestClient(app)
     for _ in range(2):
         assert client.post("/v1/embeddings", json={"input": ["a", "b"]}).status_code == 200
-    ((name, thread),) = compilers
+    ((name, thread),) = heard.compiles
     assert name == "embed 16x16"
     assert thread.startswith("compiler")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -130,7 +131,7 @@ def test_a_final_message_is_continued_as_by_transformers(folder, name):
     """Or refused, where transformers refuses it: the template prints another text than the message's."""
     messages = CONVERSATIONS[name]
     for more in ({}, {"enable_thinking": False}, {"tools": [WEATHER]}):
-        options = {"add_generation_prompt": False, "continue_final_message": True} | more
+        options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True} | more
         try:
             expected = reference(folder, messages, **options)
         except (ValueError, TypeError):

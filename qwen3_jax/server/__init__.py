@@ -2,5 +2,5 @@
 
 socket → `protocol` (times and sizes of the wire) → `access` (request ids, the log) → `auth` → `limits` → a route
 (`chat`, `completions`, `responses`, …) → `body` and `schema` (JSON, checked) → `serving` (template, tokenizer, engine)
-→ `generation` (updates as they come) → JSON or server-sent events.
+→ `answering` and `generation` (updates as they come) → JSON or server-sent events.
 """

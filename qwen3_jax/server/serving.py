@@ -49,7 +49,7 @@ class Serving:
         observer = getattr(self.engine, "observer", None)
         return pooling.Pooler(self.model, **({} if observer is None else {"compiled": observer.compiled}))
 
-    def warm_up(self, progress: Callable[[str], None]) -> None:
+    def warm_up(self, progress: Callable[[str], None] = lambda line: None) -> None:
         """Compile what an embedding model runs, before it is asked; `progress` is told of each program.
 
         Any other model is mostly asked to generate: what it embeds and scores with is compiled when it is first needed,

@@ -74,23 +74,25 @@ def app(arguments: dict[str, Any]) -> Any:
 
 def build(settings: Settings) -> Any:
     """Load the model, start its engine, and return the routes: what a replica does when it begins."""
-    from qwen3_jax.engine.engine import Engine
     from qwen3_jax.engine.options import EngineOptions
     from qwen3_jax.loaded import load_model
     from qwen3_jax.server.app import create_app
+    from qwen3_jax.server.engines import engine_for
     from qwen3_jax.server.metrics import Metrics
     from qwen3_jax.server.options import ServerOptions
 
-    model = load_model(settings.model, dtype=settings.dtype or None, mesh=settings.mesh or None)
+    model = load_model(settings.model, dtype=settings.dtype or None, mesh=settings.mesh or None, backbone=None)
     metrics = Metrics(settings.name or model.name)
     engine_options = EngineOptions(rows=settings.rows, cache_tokens=settings.cache_tokens or None)
-    engine = Engine(model, engine_options, observer=metrics)
+    engine = engine_for(model, engine_options, observer=metrics)
     metrics.watch(engine)
     engine.start()
     threading.Thread(target=_end_with, args=(engine,), daemon=True).start()
     keys = settings.api_key or os.environ.get("QWEN3_JAX_API_KEY", "")
     options = ServerOptions(names=(settings.name,) if settings.name else (), api_keys=(keys,) if keys else ())
-    return create_app(engine, options, metrics=metrics)
+    app = create_app(engine, options, metrics=metrics)
+    app.state.serving.warm_up()
+    return app
 
 
 def _end_with(engine: Any) -> None:
