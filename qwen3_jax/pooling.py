@@ -60,10 +60,6 @@ class Pooler:
         self._compiled = compiled
         self._everywhere = None if model.mesh is None else NamedSharding(model.mesh, PartitionSpec())
         self._lock = threading.Lock()
-        # Embedding needs no lm_head, and embedding models may come without one.
-        alone, _ = declare(replace(model.config, tie_word_embeddings=True), dtype=model.dtype, ops=model.ops)
-        whole, _ = declare(model.config, dtype=model.dtype, ops=model.ops)
-        self._steps = {"embed": functools.partial(_embed, alone), "score": functools.partial(_score, whole)}
 
     def length(self, tokens: int) -> int:
         """Return the bucket of a prompt's length."""
@@ -124,9 +120,8 @@ class Pooler:
             with self._lock:
                 if (name, length) not in self.programs:
                     began, rows = time.perf_counter(), self.rows(length)
-                    nothing = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
-                    program = jax.jit(self._steps[name]).lower(*self._arguments(name, *nothing)).compile()
-                    self.programs[name, length] = program
+                    nothing = self._arguments(name, np.zeros((rows, length), np.int32), np.ones(rows, np.int32))
+                    self.programs[name, length] = jax.jit(self._step(name)).lower(*nothing).compile()
                     spent = time.perf_counter() - began
                     self.compile_s += spent
                     self._compiled(f"{name} {rows}x{length}", spent)
@@ -138,6 +133,13 @@ class Pooler:
             for name in names:
                 progress(f"{name} {self.rows(length)}x{length}")
                 self.compile(name, length)
+
+    def _step(self, name: str) -> Callable[..., jax.Array]:
+        config, model = self.config, self._model
+        if name == "embed":  # needs no lm_head, and embedding models may come without one
+            config = replace(config, tie_word_embeddings=True)
+        graphdef, _ = declare(config, dtype=model.dtype, ops=model.ops)
+        return functools.partial(_embed if name == "embed" else _score, graphdef)
 
     def _arguments(
         self, name: str, tokens: np.ndarray, lengths: np.ndarray, *, yes: int = 0, no: int = 0
