@@ -50,6 +50,14 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
     ("/tokenize", {"prompt": "text", "add_special_tokens": True}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]  # fmt: skip
+POOLED: list[tuple[str, dict[str, Any]]] = [  # for a model that embeds
+    ("/v1/embeddings", {"input": "text", "encoding_format": "float", "dimensions": 3, "user": "u"}),
+    ("/v1/embeddings", {"input": ["one", "two"], "encoding_format": "base64", "model": "demo"}),
+    ("/v1/embeddings", {"input": [[1, 2], [3]]}),
+    ("/v1/rerank", {"query": "q", "documents": ["a", {"text": "b"}], "top_n": 1, "return_documents": False}),
+    ("/v1/score", {"text_1": "q", "text_2": ["a", "b"], "instruction": "find"}),
+    ("/v1/score", {"text_1": ["q", "r"], "text_2": ["a", "b"]}),
+]
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e308, 5e-324, 2**31, 2**63, -(2**63) - 1, 10**40, "", " ", "a", "0",
     "\0", "null", "\ud800", "\U0001f600" * 9, "x" * 5000, "{{ 7*7 }}", "{% for i in range(9999) %}{% endfor %}",
@@ -64,11 +72,13 @@ OTHER = [
 ]  # fmt: skip
 
 
-def requests(seed: int, count: int, *, brief: bool = False) -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
+def requests(
+    seed: int, count: int, *, brief: bool = False, seeds: list[tuple[str, dict[str, Any]]] = SEEDS
+) -> Iterator[tuple[str, str, bytes, dict[str, str]]]:
     """Yield (method, path, body, headers); `brief` ones do not ask for long answers."""
     rng = random.Random(seed)
     for _ in range(count):
-        path, body = rng.choice(SEEDS)
+        path, body = rng.choice(seeds)
         body = copy.deepcopy(body)
         for _ in range(rng.choice((1, 1, 1, 2, 4))):
             _change(rng, body)

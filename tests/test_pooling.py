@@ -1,9 +1,11 @@
 """Embeddings and scores against transformers, on tiny folders that it saved."""
 
+import asyncio
 import json
 import re
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from qwen3_jax.server.app import create_app
 from qwen3_jax.server.engines import PoolingEngine
 from qwen3_jax.text.tokenizer import Tokenizer
 from tests import tiny
+from tests.asgi import call
+from tests.mutations import POOLED, requests
 from tests.ports import free_port
 from tests.server_process import started
 from tests.text_folders import DEMO, ours, released
@@ -387,6 +391,20 @@ def test_what_is_refused(client, path, body, param):
     error = said.json()["error"]
     assert param is None or error["param"] == param
     assert error["type"] == "BadRequestError"
+
+
+def test_mutated_requests(client):
+    """As in `test_server_fuzz`: no fault of ours, always the error object."""
+    statuses: Counter[int] = Counter()
+    for method, path, body, headers in requests(0, 400, seeds=POOLED):
+        said = asyncio.run(asyncio.wait_for(call(client.app, method, path, body, headers), 60))
+        statuses[said.status] += 1
+        assert said.status < 500, (path, body)
+        if said.status >= 400:
+            assert said.error["message"], (path, body)
+        elif said.body:
+            json.loads(said.body, parse_constant=pytest.fail)  # no NaN
+    assert min(statuses[200], statuses[400]) > 80
 
 
 def test_the_wrong_model_is_not_found(client):
