@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from tyro.conf import Positional, arg
@@ -69,15 +69,23 @@ class Plan:
     topology: Annotated[
         str | None, arg(metavar="SLICE", help="v5e:4x4, v6e:2x4, v5p:2x2x4, h100:8, …", help_behavior_hint="")
     ] = None
-    batch: Annotated[int, arg(metavar="N", help="rows of a decode step")] = 32
-    context: Annotated[int, arg(metavar="N", help="cache slots per row, and tokens of a prefill")] = 4096
+    batch: Annotated[int, arg(metavar="N", help="rows of a decode or training step")] = 32
+    context: Annotated[
+        int, arg(metavar="N", help="cache slots per row, tokens of a prefill, positions of a training row")
+    ] = 4096
     mesh: Annotated[str, arg(metavar="AXES|auto", help=f"{AXES}; or the best of all")] = "auto"
     phases: Annotated[
-        tuple[Literal["prefill", "first", "decode"], ...],
+        tuple[Literal["prefill", "first", "decode", "train"], ...],
         arg(
-            metavar="PHASE ...", help="compile these, and choose the mesh by them", help_behavior_hint="(default: all)"
+            metavar="PHASE ...",
+            help="compile these, and choose the mesh by them; train by itself",
+            help_behavior_hint="(default: prefill first decode)",
         ),
     ] = ("prefill", "first", "decode")
+    remat: Annotated[
+        Literal["none", "dots", "full", "all"] | None,
+        arg(metavar="none|dots|full|all", help="of train: what is kept", help_behavior_hint="(default: all, compared)"),
+    ] = None
     dtype: CacheDtype = "bfloat16"
     report: Annotated[Path | None, arg(metavar="FILE", help="write an HTML page", help_behavior_hint="")] = None
     hlo: Annotated[
@@ -104,17 +112,18 @@ class Plan:
         if self.model is None or self.topology is None:
             missing = "MODEL" if self.model is None else "--topology"
             raise compiling.PlanError(f"{missing} is missing: qwen3-jax plan Qwen3-8B --topology v5e:2x2")
-        found = compiling.plan(
-            self.model,
-            self.topology,
-            batch=self.batch,
-            context=self.context,
-            mesh=self.mesh,
-            dtype=self.dtype,
-            phases=self.phases,
-            hlo_dir=self.hlo,
-            progress=lambda line: print(line, file=sys.stderr),
-        )
+        shape: dict[str, Any] = {"batch": self.batch, "context": self.context, "mesh": self.mesh, "dtype": self.dtype}
+        shape |= {"hlo_dir": self.hlo, "progress": lambda line: print(line, file=sys.stderr)}
+        if "train" in self.phases:
+            if len(self.phases) > 1:
+                raise compiling.PlanError("--phases train has meshes of its own: plan it by itself")
+            from qwen3_jax.train import planning
+
+            found = planning.plan(self.model, self.topology, remat=self.remat or "all", **shape)
+        elif self.remat is not None:
+            raise compiling.PlanError(f"--remat {self.remat} is of training: add --phases train")
+        else:
+            found = compiling.plan(self.model, self.topology, phases=self.phases, **shape)
         if self.report is not None:
             self.report.write_text(show.page([found]))
         if self.json:

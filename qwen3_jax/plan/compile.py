@@ -21,9 +21,9 @@ from jax.experimental import topologies
 
 from qwen3_jax.config import ConfigError, Qwen3Config
 from qwen3_jax.ops import for_platform
-from qwen3_jax.plan import cost as costs
 from qwen3_jax.plan import hlo
 from qwen3_jax.plan.chips import ChipError, Topology, topology
+from qwen3_jax.plan.cost import Cost, walk
 from qwen3_jax.plan.meshes import Candidate, floor_s, problems, rank
 from qwen3_jax.plan.programs import PHASES, bytes_per_device, programs, rows_of
 from qwen3_jax.plan.result import Memory, Plan, PlanError, Refused, Step, mesh_name
@@ -83,6 +83,29 @@ def devices_of(found: Topology) -> list[Any]:
     return list(described.devices)
 
 
+def compiled(
+    lower: Callable[[], jax.stages.Lowered], found: Topology, *, hlo_file: Path | None = None
+) -> tuple[Cost, Any, float]:
+    """Lower and compile a program; return its cost, the compiler's account of its memory, and the seconds it took.
+
+    Raises:
+        PlanError: the compiler refuses, most often because the program does not fit; its first line.
+    """
+    started = time.perf_counter()
+    lowered = lower()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise PlanError(_first_line(error)) from None
+    seconds = time.perf_counter() - started
+    text = program.as_text()
+    assert text is not None
+    if hlo_file is not None:
+        hlo_file.parent.mkdir(parents=True, exist_ok=True)
+        hlo_file.write_text(text)
+    return walk(hlo.parse(text), found.chip, partitions=found.devices), program.memory_analysis(), seconds
+
+
 def compile_step(
     config: Qwen3Config,
     found: Topology,
@@ -94,32 +117,19 @@ def compile_step(
     dtype: str,
     hlo_file: Path | None = None,
 ) -> Step:
-    """Compile one phase on one mesh and price it.
-
-    Raises:
-        PlanError: the compiler refuses, most often because the program does not fit; its first line.
-    """
+    """Compile one phase on one mesh and price it; raises PlanError as `compiled` does."""
     ops = for_platform(found.chip.kind)
     mesh = make_mesh(**sizes, devices=devices_of(found))
-    started = time.perf_counter()
-    lowered = programs(config, mesh, ops=ops, dtype=dtype, batch=batch, context=context, phases=(phase,))[phase]
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise PlanError(_first_line(error)) from None
-    seconds = time.perf_counter() - started
-    text = compiled.as_text()
-    assert text is not None
-    if hlo_file is not None:
-        hlo_file.parent.mkdir(parents=True, exist_ok=True)
-        hlo_file.write_text(text)
-    analysis: Any = compiled.memory_analysis()
-    weights, cache = bytes_per_device(config, sizes, ops=ops, dtype=dtype, batch=batch, context=context)
+    shape: dict[str, Any] = {"ops": ops, "dtype": dtype, "context": context}
+    cost, analysis, seconds = compiled(
+        lambda: programs(config, mesh, phases=(phase,), batch=batch, **shape)[phase], found, hlo_file=hlo_file
+    )
+    weights, cache = bytes_per_device(config, sizes, batch=batch, **shape)
     rows = rows_of(phase, sizes, batch)
     own = 0
     if phase != "first":
         rules = PHASES[phase].rules
-        _, own = bytes_per_device(config, sizes, ops=ops, dtype=dtype, batch=rows, context=context, rules=rules)
+        _, own = bytes_per_device(config, sizes, batch=rows, rules=rules, **shape)
     used = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Step(
         tokens=rows * context if phase == "prefill" else rows,
@@ -130,11 +140,51 @@ def compile_step(
             temp=analysis.temp_size_in_bytes + max(0, used - weights - own),
             code=analysis.generated_code_size_in_bytes,
         ),
-        cost=costs.walk(hlo.parse(text), found.chip, partitions=found.devices),
+        cost=cost,
         aliased_bytes=analysis.alias_size_in_bytes,
         compile_s=seconds,
         floor_s=floor_s(config, found, phase, rows=rows, context=context, itemsize=jnp.dtype(dtype).itemsize),
     )
+
+
+def subject(model: str, slice_name: str, *, batch: int, context: int, dtype: str) -> tuple[str, Qwen3Config, Topology]:
+    """Return a model's name and config and the slice of a plan.
+
+    Raises:
+        PlanError: an unknown model, slice or dtype, or a batch or context that cannot be; one line.
+    """
+    name, config = config_of(model)
+    try:
+        found = topology(slice_name)
+    except ChipError as error:
+        raise PlanError(str(error)) from None
+    if dtype not in DTYPES:
+        raise PlanError(f"dtype {dtype!r} is unknown: use {' or '.join(DTYPES)}")
+    if batch < 1 or context < 1:
+        raise PlanError(f"batch {batch} and context {context}: both must be at least 1")
+    if context > config.max_position_embeddings:
+        raise PlanError(
+            f"context {context} exceeds max_position_embeddings {config.max_position_embeddings} of {name}: lower it"
+        )
+    return name, config, found
+
+
+def mesh_of(text: str, found: Topology) -> dict[str, int]:
+    """Read a mesh of all devices of a slice; raises PlanError with the first thing that is wrong."""
+    try:
+        sizes = parse_mesh(text)
+    except ShardingError as error:
+        raise PlanError(str(error).splitlines()[0]) from None
+    devices = math.prod(sizes.values())
+    if devices != found.devices:
+        raise PlanError(f"mesh {text} has {devices} devices, {found} has {found.devices}")
+    return sizes
+
+
+def text_file(folder: Path | None, name: str, found: Topology, sizes: dict[str, int], step: str) -> Path | None:
+    """Return where the text of a compiled program is kept, None without a folder."""
+    label = f"{name}_{found}_{mesh_name(sizes)}_{step}".replace(":", "-").replace(",", "_")
+    return folder and folder / f"{label}.hlo"
 
 
 def plan(
@@ -166,29 +216,16 @@ def plan(
     Raises:
         PlanError: an unknown model, slice, dtype or phase; no mesh that divides; or the compiler is missing.
     """
-    name, config = config_of(model)
-    try:
-        found = topology(slice_name)
-    except ChipError as error:
-        raise PlanError(str(error)) from None
-    if dtype not in DTYPES:
-        raise PlanError(f"dtype {dtype!r} is unknown: use {' or '.join(DTYPES)}")
+    name, config, found = subject(model, slice_name, batch=batch, context=context, dtype=dtype)
     if unknown := [phase for phase in phases if phase not in PHASES]:
         raise PlanError(f"phase {unknown[0]!r} is unknown: use {', '.join(PHASES)}")
-    if batch < 1 or context < 1:
-        raise PlanError(f"batch {batch} and context {context}: both must be at least 1")
-    if context > config.max_position_embeddings:
-        raise PlanError(
-            f"context {context} exceeds max_position_embeddings {config.max_position_embeddings} of {name}: lower it"
-        )
     shape = {"batch": batch, "context": context, "dtype": dtype}
 
-    def compiled(config: Qwen3Config, sizes: dict[str, int], *, keep: bool) -> tuple[dict[str, Step], str | None]:
+    def attempt(config: Qwen3Config, sizes: dict[str, int], *, keep: bool) -> tuple[dict[str, Step], str | None]:
         done: dict[str, Step] = {}
         for phase in phases:
             progress(f"compiling {phase}, {config.num_hidden_layers} layers, of {name} for {found}, {mesh_name(sizes)}")
-            label = f"{name}_{slice_name}_{mesh_name(sizes)}_{phase}".replace(":", "-").replace(",", "_")
-            file = hlo_dir / f"{label}.hlo" if hlo_dir and keep else None
+            file = text_file(hlo_dir if keep else None, name, found, sizes, phase)
             try:
                 done[phase] = compile_step(config, found, sizes, phase, hlo_file=file, **shape)
             except PlanError as error:
@@ -196,8 +233,10 @@ def plan(
         return done, None
 
     if mesh != "auto":
-        sizes = _given(mesh, config, found, phases, batch)
-        steps, error = compiled(config, sizes, keep=True)
+        sizes = mesh_of(mesh, found)
+        if wrong := problems(config, sizes, phases, batch):
+            raise PlanError(wrong[0])
+        steps, error = attempt(config, sizes, keep=True)
         return Plan(name, found, sizes, batch, context, dtype, steps, [], error)
 
     ranked, refused = rank(config, found, phases=phases, **shape)
@@ -210,7 +249,7 @@ def plan(
     order, losses = [c.mesh for c in close], {}
     if len(close) > 1:
         few = dataclasses.replace(config, num_hidden_layers=min(SHALLOW, config.num_hidden_layers))
-        tried = [(sizes, compiled(few, sizes, keep=False)) for sizes in order]
+        tried = [(sizes, attempt(few, sizes, keep=False)) for sizes in order]
         times = {mesh_name(sizes): _times(steps) for sizes, (steps, error) in tried if error is None}
         losses = {mesh_name(sizes): f"{few.num_hidden_layers} layers: {error}" for sizes, (_, error) in tried if error}
         best = {phase: min((t[phase] for t in times.values()), default=1.0) for phase in phases}
@@ -219,32 +258,18 @@ def plan(
         for mesh, t in times.items():
             against = ", ".join(f"{phase} {t[phase] * 1e6:.2f} (best {best[phase] * 1e6:.2f})" for phase in phases)
             losses[mesh] = f"compiled, {few.num_hidden_layers} layers, µs a token: {against}"
-    steps, error = compiled(config, order[0], keep=True)
+    steps, error = attempt(config, order[0], keep=True)
     chosen = Plan(name, found, order[0], batch, context, dtype, steps, refused, error)
     for sizes in order[1:]:
         if chosen.fits:
             refused.append(Refused(sizes, losses[mesh_name(sizes)]))
             continue
-        steps, error = compiled(config, sizes, keep=True)
+        steps, error = attempt(config, sizes, keep=True)
         other = Plan(name, found, sizes, batch, context, dtype, steps, refused, error)
         loser = chosen if other.fits else other
         refused.append(Refused(loser.mesh, loser.error or "compiled: does not fit"))
         chosen = other if other.fits else chosen
     return chosen
-
-
-def _given(mesh: str, config: Qwen3Config, found: Topology, phases: Sequence[str], batch: int) -> dict[str, int]:
-    """Read the caller's mesh; raises PlanError with the first thing that is wrong."""
-    try:
-        sizes = parse_mesh(mesh)
-    except ShardingError as error:
-        raise PlanError(str(error).splitlines()[0]) from None
-    devices = math.prod(sizes.values())
-    if devices != found.devices:
-        raise PlanError(f"mesh {mesh} has {devices} devices, {found} has {found.devices}")
-    if wrong := problems(config, sizes, phases, batch):
-        raise PlanError(wrong[0])
-    return sizes
 
 
 def _times(steps: dict[str, Step]) -> dict[str, float]:

@@ -1,4 +1,8 @@
-"""What a plan finds: memory and cost per phase on one mesh, the meshes that lost, and the JSON of it."""
+"""What a plan finds: memory and cost per phase on one mesh, the meshes that lost, and the JSON of it.
+
+Of training there is one phase, train, and a step for each remat policy that was tried; `steps["train"]` is the fastest
+of those that fit.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -20,10 +24,16 @@ class Memory:
     cache: int
     temp: int
     code: int
+    optimizer: int = 0
+    """Of training: the moments, and master weights."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.temp + self.code
+        return self.weights + self.optimizer + self.cache + self.temp + self.code
+
+    def to_json(self) -> dict[str, int]:
+        parts = ["weights", *["optimizer"] * bool(self.optimizer), "cache", "temp", "code", "total"]
+        return {name: getattr(self, name) for name in parts}
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,14 @@ class Step:
     compile_s: float
     floor_s: float = 0.0
     """See `meshes.floor_s`."""
+    gradients: int = 0
+    """Of training: their bytes per chip, by arithmetic; a part of `memory.temp`."""
+    model_flops: float = 0.0
+    """Of training: those of a chip, three times the forward pass; what is computed again does not count."""
+
+    def mfu_bound(self, chip: Chip) -> float:
+        """Return the model FLOPs utilisation that the schedule leaves room for."""
+        return self.model_flops / (self.cost.schedule_s * chip.bf16_flops)
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,8 @@ class Plan:
     refused: list[Refused] = field(default_factory=list)
     error: str | None = None
     """The compiler's message if the program does not fit or does not compile."""
+    remat: dict[str, Step | str] = field(default_factory=dict)
+    """Of training: the step with each remat policy, or why the compiler refuses it."""
 
     @property
     def chip(self) -> Chip:
@@ -77,6 +97,11 @@ class Plan:
     def fits(self) -> bool:
         return self.error is None and self.memory is not None and self.memory.total <= self.chip.hbm_bytes
 
+    @property
+    def policy(self) -> str | None:
+        """The remat policy of `steps["train"]`."""
+        return next((name for name, step in self.remat.items() if step is self.steps.get("train")), None)
+
     def to_json(self) -> dict[str, Any]:
         """Return the stable form: bytes, seconds, per chip and per step."""
         memory = self.memory
@@ -90,17 +115,33 @@ class Plan:
             "dtype": self.dtype,
             "fits": self.fits,
             "error": self.error,
-            "hbm_bytes_per_chip": None
-            if memory is None
-            else {name: getattr(memory, name) for name in ("weights", "cache", "temp", "code", "total")},
+            "hbm_bytes_per_chip": None if memory is None else memory.to_json(),
             "hbm_limit_bytes": int(self.chip.hbm_bytes),
             "step": {phase: self._step_json(step) for phase, step in self.steps.items()},
             "compile_s": round(sum(step.compile_s for step in self.steps.values()), 1),
             "refused": [{"mesh": r.mesh, "reason": r.reason} for r in self.refused],
+        } | ({"remat": {name: self._policy_json(step) for name, step in self.remat.items()}} if self.remat else {})
+
+    def _policy_json(self, step: Step | str) -> dict[str, Any]:
+        if isinstance(step, str):
+            return {"fits": False, "error": step, "hbm_bytes_per_chip": None}
+        return {
+            "fits": step.memory.total <= self.chip.hbm_bytes,
+            "error": None,
+            "hbm_bytes_per_chip": step.memory.to_json(),
+            "schedule_s": step.cost.schedule_s,
+            "mfu_bound": step.mfu_bound(self.chip),
+            "compile_s": round(step.compile_s, 1),
         }
 
     def _step_json(self, step: Step) -> dict[str, Any]:
         cost = step.cost
+        training = {
+            "remat": self.policy,
+            "gradient_bytes": step.gradients,
+            "model_flops": step.model_flops,
+            "mfu_bound": step.mfu_bound(self.chip),
+        }
         return {
             "flops": cost.flops,
             "hbm_bytes": cost.hbm_bytes,
@@ -116,7 +157,7 @@ class Plan:
             "tokens_per_s_per_chip": step.tokens / cost.schedule_s / self.topology.devices,
             "unpriced": cost.unpriced,
             "billed_once": cost.billed_once,
-        }
+        } | (training if step.model_flops else {})
 
 
 def mesh_name(sizes: dict[str, int]) -> str:

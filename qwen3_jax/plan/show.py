@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from qwen3_jax.plan.result import Plan, Step, gb, mesh_name
+from qwen3_jax.plan.result import Memory, Plan, Step, gb, mesh_name
 
 
 def table(plan: Plan) -> Any:
@@ -14,19 +14,19 @@ def table(plan: Plan) -> Any:
     from rich.console import Group
     from rich.table import Table
 
-    memory, limit = plan.memory, plan.chip.hbm_bytes
     title = f"{plan.model} on {plan.topology} ({plan.topology.devices} devices), mesh {mesh_name(plan.mesh)}, "
     title += f"batch {plan.batch}, context {plan.context}, {plan.dtype}"
     holds = Table(title=title, title_justify="left")
-    parts = ("weights", "cache", "temp", "code", "total")
-    for part in (*parts, "limit", "verdict"):
-        holds.add_column(part, justify="right")
-    if memory is not None:
-        spare = limit - memory.total
-        verdict = f"fits, {gb(spare)} spare" if plan.fits else f"does not fit by {gb(-spare)}"
-        holds.add_row(*(gb(getattr(memory, part)) for part in parts), gb(limit), verdict)
-    if plan.error:
-        holds.add_row(*[""] * 6, f"does not compile: {plan.error}")
+    parts = ("weights", "optimizer" if plan.remat else "cache", "temp", "code", "total")
+    for part in (*["remat"] * bool(plan.remat), *parts, "limit", "verdict"):
+        holds.add_column(part, justify="left" if part == "remat" else "right")
+    for label, memory in _memories(plan):
+        start = [label] if plan.remat else []
+        if isinstance(memory, str):
+            holds.add_row(*start, *[""] * 6, f"does not compile: {memory}")
+        else:
+            sizes = (gb(getattr(memory, part)) for part in parts)
+            holds.add_row(*start, *sizes, gb(plan.chip.hbm_bytes), _verdict(memory, plan.chip.hbm_bytes))
     runs = Table(title="per step and chip: each pipe alone, and in the compiled order", title_justify="left")
     heads = ("phase", "hbm ms", "mxu ms", "ici ms", "schedule ms", "floor ms", "bound", "tokens/s/chip", "copied")
     for column in (*heads, "aliased"):
@@ -51,11 +51,27 @@ def table(plan: Plan) -> Any:
     return Group(*groups, *notes(plan))
 
 
+def _memories(plan: Plan) -> list[tuple[str, Memory | str]]:
+    """Return what is held: the phase that needs most, then what does not compile; of training, each remat policy."""
+    if plan.remat:
+        return [(name, step if isinstance(step, str) else step.memory) for name, step in plan.remat.items()]
+    found = [plan.memory, plan.error]
+    return [("", one) for one in found if one is not None]
+
+
+def _verdict(memory: Memory, limit: float) -> str:
+    spare = limit - memory.total
+    return f"fits, {gb(spare)} spare" if spare >= 0 else f"does not fit by {gb(-spare)}"
+
+
 def notes(plan: Plan) -> list[str]:
     """Say what the numbers leave out, a line each."""
     unpriced = [line for step in plan.steps.values() for line in step.cost.unpriced]
     found = [f"not priced: {', '.join(unpriced)}"] if unpriced else []
     for phase, step in plan.steps.items():
+        if step.model_flops:
+            bound = f"{step.mfu_bound(plan.chip):.0%} model FLOPs utilisation at most"
+            found.append(f"train: remat {plan.policy}, {bound}; temp holds {gb(step.gradients)} of gradients")
         once = len(step.cost.billed_once)
         if phase == "decode" and once:
             found.append("decode: one round of its loop, a token for every row")
@@ -85,7 +101,29 @@ def markdown(plans: Sequence[Plan]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"weights": "#4269d0", "cache": "#efb118", "temp": "#ff725c", "code": "#9498a0"}
+def train_markdown(plans: Sequence[Plan]) -> str:
+    """Write plans of training as a Markdown table, a line per remat policy; milliseconds are of one step, per chip."""
+    heads = ("model", "slice", "mesh", "rows", "remat", "weights + moments + rest, of GB", "fits", "hbm / mxu / ici")
+    heads += ("schedule", "floor", "binds", "MFU at most", "tokens/s/chip", "compile s")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for p in plans:
+        for policy, step in p.remat.items():
+            cells = [p.model, str(p.topology), mesh_name(p.mesh), f"{p.batch} × {p.context}", policy]
+            if isinstance(step, str):
+                lines.append("| " + " | ".join([*cells, step, "no"]) + " |" + " |" * (len(heads) - 7))
+                continue
+            c, m, limit = step.cost, step.memory, p.chip.hbm_bytes
+            held = f"{m.weights / 1e9:.2f} + {m.optimizer / 1e9:.2f} + {(m.temp + m.code) / 1e9:.2f}"
+            spare = (limit - m.total) / 1e9
+            cells += [f"{held}, of {limit / 1e9:.0f}", f"{spare:.1f} spare" if spare >= 0 else f"no, by {-spare:.1f}"]
+            cells += [" / ".join(f"{s * 1e3:.0f}" for s in (c.hbm_s, c.compute_s, c.ici_s))]
+            cells += [f"{c.schedule_s * 1e3:.0f}", f"{step.floor_s * 1e3:.0f}", c.bound]
+            cells += [f"{step.mfu_bound(p.chip):.0%}", _rate(p, step), f"{step.compile_s:.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+PARTS = {"weights": "#4269d0", "optimizer": "#3ca951", "cache": "#efb118", "temp": "#ff725c", "code": "#9498a0"}
 
 
 STYLE = """
@@ -162,9 +200,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from:
 
 
 def _chart(plan: Plan) -> str:
-    """Draw a bar per phase, on a track as long as the chip's memory."""
+    """Draw a bar per phase, or per remat policy, on a track as long as the chip's memory."""
     limit = plan.chip.hbm_bytes
-    phases = {phase: step.memory for phase, step in plan.steps.items()}
+    drawn = {name: step for name, step in plan.remat.items() if isinstance(step, Step)} or plan.steps
+    phases = {name: step.memory for name, step in drawn.items()}
     if not phases:
         return f"<p>{html.escape(plan.error or 'nothing compiled')}</p>"
     left, width, right = 64, 640, 200

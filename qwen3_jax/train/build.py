@@ -219,12 +219,7 @@ class Build:
     def _require_divisible(self) -> None:
         if self.mesh is None:
             return
-        problems = check(self.model, self.mesh, RULE)
-        if replicas_of_kv_heads(self.model, self.mesh) > 1:
-            problems.append(
-                f"num_key_value_heads {self.model.num_key_value_heads} is below model {self.mesh.shape['model']}: heads"
-                " are not repeated in training, lower model"
-            )
+        problems = undivided(self.model, self.mesh)
         ways = 1
         for axis in RULE["batch"]:
             ways *= self.mesh.shape[axis]
@@ -239,10 +234,23 @@ class Build:
 
     def _ops(self) -> Ops:
         platform = jax.default_backend()
-        if self.mesh is None:
-            return training_ops(platform)
-        # The CPU's own formulation is for one device.
-        return on_mesh(XLA if platform == "cpu" else training_ops(platform), self.mesh, RULE)
+        return training_ops(platform) if self.mesh is None else mesh_ops(platform, self.mesh)
+
+
+def undivided(model: Qwen3Config, mesh: Mesh) -> list[str]:
+    """Return one line for each thing of the model that training cannot divide over a mesh; only its shape is asked."""
+    problems = check(model, mesh, RULE)
+    if replicas_of_kv_heads(model, mesh) > 1:
+        problems.append(
+            f"num_key_value_heads {model.num_key_value_heads} is below model {mesh.shape['model']}: heads are not"
+            " repeated in training, lower model"
+        )
+    return problems
+
+
+def mesh_ops(platform: str, mesh: Mesh) -> Ops:
+    """Return the formulation that trains on a mesh of a platform; the CPU's own one is for one device."""
+    return on_mesh(XLA if platform == "cpu" else training_ops(platform), mesh, RULE)
 
 
 def training_ops(platform: str) -> Ops:
