@@ -11,6 +11,7 @@ import math
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from qwen3_jax.config import Qwen3Config
@@ -18,6 +19,7 @@ from qwen3_jax.ops import for_platform
 from qwen3_jax.plan import chips, compile, cost, hlo, programs, result
 from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.sharding import make_mesh, parse_mesh
+from qwen3_jax.train import planning
 from tests.tpu_programs import CASES, compile_case
 
 pytestmark = [
@@ -102,6 +104,29 @@ def test_a_prefill_of_one_prompt_uses_all_chips_and_no_head(name, slice_name, me
     # The head on 4096 positions alone would be 2 · V · D · 4096 / devices FLOPs, a layer or more.
     layers = 4096 * (config.flops_per_token(4096) - 2 * config.vocab_size * config.hidden_size) / devices
     assert step.cost.flops < 1.35 * layers
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_a_training_step_keeps_its_moments_where_they_are(policy):
+    config, found, batch, length = shallow("Qwen3-0.6B"), chips.topology("v5e:2x2"), 4, 2048
+    step = planning.compile_step(config, found, parse_mesh("fsdp=4"), policy, batch, length, "bfloat16")
+    assert step.cost.unpriced == step.cost.billed_once == []
+    assert step.aliased_bytes >= step.memory.weights + step.memory.optimizer
+    # Parameters are gathered, layer by layer; what comes first among the arguments, the optimiser's state, is not.
+    mesh = make_mesh(fsdp=4, devices=compile.devices_of(found))
+    moments = len(jax.tree.leaves(planning.step_on(config, mesh, policy, "bfloat16").abstract_state()["opt"]))
+    assert step.cost.gathered
+    assert all(move.parameter >= moments for move in step.cost.gathered)
+    # Two products forward, three and four backward, over the blocks on or below the diagonal; full computes the forward
+    # pass of the layers again but for its last product, dots nothing of it but attention.
+    head = 2 * config.vocab_size * config.hidden_size
+    layers = config.flops_per_token(0) - head
+    pairs = length * (length + 1024) // 2
+    attention = 2 * (2 + 2 + 3 + 4) * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    again = layers - 2 * config.num_hidden_layers * config.intermediate_size * config.hidden_size
+    tokens = batch * length
+    products = tokens * (3 * (layers + head) + (again if policy == "full" else 0)) + batch * attention
+    assert step.cost.flops == pytest.approx(products / found.devices, rel=0.01)
 
 
 def entry(text: str) -> str:
