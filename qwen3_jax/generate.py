@@ -9,7 +9,6 @@ reasoning and answer and cut at stop strings → `Event`s as they arrive, or one
 turns one call's ids into text, the device runs the next call.
 """
 
-import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,14 +24,13 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.loaded import LoadedModel, load_model
 from qwen3_jax.model import Params
 from qwen3_jax.ops import Ops
-from qwen3_jax.reply import Completion, Piece, Reply, Timings, TokenLogprob
+from qwen3_jax.reply import Completion, Reply, Timings, logprobs_of
 from qwen3_jax.request import Prompt, PromptError, Request, Requests
 from qwen3_jax.runner import Batch, Runner
 from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.sharding import Rules
-from qwen3_jax.steps import BROKEN, CALL, IDLE
+from qwen3_jax.steps import CALL, emitted_ids
 from qwen3_jax.text.template import ChatTemplate, TemplateError
-from qwen3_jax.text.thinking import Label
 from qwen3_jax.text.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, Any]]  # one user turn, or a conversation
@@ -302,29 +300,18 @@ class Generator:
 
 def _advance(rows: Sequence[Reply], emitted: Mapping[str, np.ndarray], clock: Timings) -> Iterator[Event]:
     """Feed what one call emitted, "token" [n, B] and log-probabilities, to the rows that have not ended."""
+    columns = emitted["token"].T.tolist()
     for row in rows:
         if row.completion is not None:
             continue
-        pieces: list[Piece] = []
-        for i, token in enumerate(emitted["token"][:, row.number].tolist()):
-            if token == IDLE or row.completion is not None:
-                break
-            pieces += row.take(None if token == BROKEN else token, _logprob(emitted, i, row), clock)
-        for label, run in itertools.groupby(pieces, key=_label):
-            yield Event(row.number, label, "".join(text for _, text in run))
+        ids, broken = emitted_ids(columns[row.number])
+        pieces = row.take(ids, logprobs_of(emitted, row.number, ids, row.request.params.logprobs), lambda: clock)
+        if broken and row.completion is None:
+            pieces += row.end("error", lambda: clock)
+        for label, text in pieces:
+            yield Event(row.number, label, text)
         if row.completion is not None:
             yield Event(row.number, "end", completion=row.completion)
-
-
-def _logprob(emitted: Mapping[str, np.ndarray], i: int, row: Reply) -> TokenLogprob | None:
-    wanted, b = row.request.params.logprobs, row.number
-    if wanted is None:
-        return None
-    top: tuple[tuple[int, float], ...] = ()
-    if wanted:
-        ids, values = (emitted[name][i, b, :wanted].tolist() for name in ("top_ids", "top_logprobs"))
-        top = tuple(zip(ids, values, strict=True))
-    return TokenLogprob(int(emitted["token"][i, b]), float(emitted["logprob"][i, b]), top)
 
 
 def _require_finite(completions: list[Completion]) -> None:
@@ -336,7 +323,3 @@ def _require_finite(completions: list[Completion]) -> None:
                 "`qwen3-jax parity`, or load them with dtype float32",
                 completions,
             )
-
-
-def _label(piece: Piece) -> Label:
-    return piece[0]

@@ -3,8 +3,13 @@
 token ids → `Reply.take` → pieces of text; the token that ends the row also sets `Reply.completion`.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
+
+import numpy as np
 
 from qwen3_jax.request import Request
 from qwen3_jax.text.detokenize import StopStrings
@@ -21,6 +26,26 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+def logprobs_of(
+    emitted: Mapping[str, np.ndarray], row: int, ids: Sequence[int], wanted: int | None, *, at: int = 0
+) -> list[TokenLogprob]:
+    """Read the log-probabilities of a row's ids out of what a call emitted, its steps from `at` on.
+
+    Args:
+        emitted: "logprob" [n, B], "top_ids" and "top_logprobs" [n, B, most].
+        wanted: how many alternatives; None reads nothing.
+    """
+    if wanted is None:
+        return []
+    steps = slice(at, at + len(ids))
+    own = emitted["logprob"][steps, row].tolist()
+    if not wanted:
+        return [TokenLogprob(*entry) for entry in zip(ids, own, strict=True)]
+    best, theirs = (emitted[name][steps, row, :wanted].tolist() for name in ("top_ids", "top_logprobs"))
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(best, theirs, strict=True)]
+    return [TokenLogprob(*entry) for entry in zip(ids, own, tops, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,11 @@ Piece = tuple[Label, str]
 class Reply:
     """The text of one row as it grows; `completion` is set when the row has ended."""
 
+    __slots__ = (
+        "_ids", "_label", "_limit", "_logprobs", "_opened", "_stop_ids", "_stops", "_stream", "_tags", "_text",
+        "completion", "number", "request",
+    )  # fmt: skip
+
     def __init__(self, tokenizer: Tokenizer, tags: ThinkingIds | None, number: int, request: Request):
         self.number = number
         self.request = request
@@ -92,37 +122,70 @@ class Reply:
             tokenizer, opened=self._opened, raw=request.raw, skip_special_tokens=request.skip_special_tokens
         )
         params = request.params
-        self._stops: dict[Label, StopStrings] = {
-            "reasoning": StopStrings(params.stop, include_stop=params.include_stop_str_in_output),
-            "answer": StopStrings(params.stop, include_stop=params.include_stop_str_in_output),
+        self._limit, self._stop_ids = request.limit, frozenset(request.stop_ids)
+        labels: tuple[Label, ...] = ("reasoning", "answer") if params.stop else ()
+        self._stops = {
+            label: StopStrings(params.stop, include_stop=params.include_stop_str_in_output) for label in labels
         }
         self._label: Label | None = None
         self._text: dict[Label, list[str]] = {"reasoning": [], "answer": []}
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 
-    def take(self, token: int | None, logprob: TokenLogprob | None, clock: Timings) -> list[Piece]:
-        """Take the row's next token, None where the logits were not finite; return the text it lets out."""
-        if token is None:
-            return self._end("error", None, clock)
-        self._ids.append(token)
-        if logprob is not None:
-            self._logprobs.append(logprob)
-        if token in self.request.stop_ids:
-            return self._end("stop", token, clock)
-        pieces = self._cut(self._stream.feed([token]))
-        if self._matched is not None:
+    def take(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], clock: Callable[[], Timings]
+    ) -> list[Piece]:
+        """Take the row's next tokens as far as its end; return the text they let out, joined by label.
+
+        Args:
+            tokens: ids; those behind the row's end are left.
+            logprobs: one per token, or none.
+            clock: asked when the row ends.
+        """
+        self._logprobs += logprobs
+        pieces: list[Piece] = []
+        if not self._stops:
+            pieces = self._take(tokens, clock)
+        else:  # one by one: the one that completes a stop string must be the last
+            for token in tokens:
+                if self.completion is None:
+                    pieces += self._take((token,), clock)
+        if len(pieces) < 2:
+            return pieces
+        return [(label, "".join(text for _, text in same)) for label, same in groupby(pieces, itemgetter(0))]
+
+    def _take(self, tokens: Sequence[int], clock: Callable[[], Timings]) -> list[Piece]:
+        room = self._limit - len(self._ids)
+        tokens = tokens if len(tokens) < room else tokens[:room]
+        stop = None
+        if not self._stop_ids.isdisjoint(tokens):
+            at, stop = next((i, token) for i, token in enumerate(tokens) if token in self._stop_ids)
+            tokens = tokens[: at + 1]
+        self._ids += tokens
+        pieces = self._cut(self._stream.feed(tokens if stop is None else tokens[:-1]))
+        if self._stops and self._matched is not None:
             return pieces + self._end("stop", self._matched, clock)
-        if len(self._ids) >= self.request.limit:
+        if stop is not None:
+            return pieces + self._end("stop", stop, clock)
+        if len(tokens) == room:
             return pieces + self._end("length", None, clock)
         return pieces
 
     @property
+    def length(self) -> int:
+        """Tokens that it has taken."""
+        return len(self._ids)
+
+    @property
     def _matched(self) -> str | None:
-        return self._stops["reasoning"].matched or self._stops["answer"].matched
+        return next((stops.matched for stops in self._stops.values() if stops.matched is not None), None)
 
     def _cut(self, pieces: list[Piece]) -> list[Piece]:
         """Pass text through the stop strings; a thinking tag between two pieces ends what a string can span."""
+        if not self._stops:
+            for label, text in pieces:
+                self._text[label].append(text)
+            return pieces
         out: list[Piece] = []
         early = len(self._ids) < self.request.params.min_tokens
         for label, text in pieces:
@@ -144,11 +207,15 @@ class Reply:
         self._text[self._label].append(text)
         return [(self._label, text)]
 
-    def end(self, reason: Literal["abort", "error", "length"], clock: Timings) -> list[Piece]:
-        """End the row before its next token; return the text that was held back."""
+    def end(self, reason: Literal["abort", "error", "length"], clock: Callable[[], Timings]) -> list[Piece]:
+        """End the row before its next token; return the text that was held back.
+
+        "error" says that the logits of that token were not finite.
+        """
         return self._end(reason, None, clock)
 
-    def _end(self, reason: FinishReason, stop: int | str | None, clock: Timings) -> list[Piece]:
+    def _end(self, reason: FinishReason, stop: int | str | None, clock: Callable[[], Timings]) -> list[Piece]:
+        times = clock()
         pieces = [] if self._matched is not None else [*self._cut(self._stream.finish()), *self._release()]
         n = len(self._ids)
         self.completion = Completion(
@@ -159,8 +226,8 @@ class Reply:
             stop_reason=stop,
             seed=self.request.seed,
             usage=Usage(len(self.request.prompt), n, self._reasoning_tokens()),
-            timings=replace(clock, tokens_per_s=(n - 1) / clock.decode_s if n > 1 and clock.decode_s else 0.0),
-            logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs),
+            timings=replace(times, tokens_per_s=(n - 1) / times.decode_s if n > 1 and times.decode_s else 0.0),
+            logprobs=None if self.request.params.logprobs is None else tuple(self._logprobs[:n]),
         )
         return pieces
 

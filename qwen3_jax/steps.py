@@ -51,6 +51,14 @@ class State:
 Emitted = dict[str, jax.Array]  # "token" [n, B], and what `sampling.logprobs` returns with a leading n
 
 
+def emitted_ids(column: list[int]) -> tuple[list[int], bool]:
+    """Return the ids among the tokens that one call emitted for a row, and whether its logits were not finite then."""
+    if column[-1] >= 0:  # whoever is done stays so
+        return column, False
+    end = next(i for i, token in enumerate(column) if token < 0)
+    return column[:end], column[end] == BROKEN
+
+
 @dataclass(frozen=True, eq=False)
 class Steps:
     """The functions to jit for one model; a program is one of them at given shapes and with a given `Sampler`."""

@@ -21,7 +21,10 @@ from qwen3_jax.text.template import ChatTemplate
 from qwen3_jax.text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[1] / "qwen3_jax" / "demo"
-CLOCK = Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def clock() -> Timings:
+    return Timings(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -104,7 +107,7 @@ class FakeEngine:
             prompt = (None, *(_logprob(t, prompt_logprobs) for t in request.prompt[1:]))
         try:
             if request.limit == 0:
-                reply.end("length", CLOCK)
+                reply.end("length", clock)
                 listener(Update(prompt_logprobs=prompt, completion=reply.completion, stats=self._stats(reply)))
                 return
             for step in self._steps(request):
@@ -113,24 +116,24 @@ class FakeEngine:
                     if step.error is not None:
                         if step.fatal:
                             self.failure = RuntimeError(step.error)
-                        reply.end("error", CLOCK)
+                        reply.end("error", clock)
                         listener(Update(completion=reply.completion, stats=self._stats(reply), error=step.error))
                         return
                     if not step.broken and not stopped.is_set():
                         continue
                 if stopped.is_set():
-                    pieces = reply.end("abort", CLOCK)
+                    pieces = reply.end("abort", clock)
                     listener(Update(tuple(pieces), completion=reply.completion, stats=self._stats(reply)))
                     return
-                token = None if isinstance(step, Step) else step
-                entry = None if token is None or wanted is None else _logprob(token, wanted)
-                pieces = reply.take(token, entry, CLOCK)
+                tokens = () if isinstance(step, Step) else (step,)
+                entries = () if wanted is None else tuple(_logprob(token, wanted) for token in tokens)
+                pieces = reply.take(tokens, entries, clock) if tokens else reply.end("error", clock)
                 done = reply.completion
                 listener(
                     Update(
                         tuple(pieces),
-                        () if token is None else (token,),
-                        () if entry is None else (entry,),
+                        tokens,
+                        entries,
                         prompt,
                         done,
                         None if done is None else self._stats(reply),

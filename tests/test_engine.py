@@ -377,7 +377,7 @@ def test_a_thousand_mixed_requests_compile_nothing(engine, counted):
 
 def test_no_step_copies_the_cache(engine):
     """What is donated is written in place, in every program that writes."""
-    pages = engine.device._cache[0]["k"]
+    pages = engine.device.cache[0]["k"]
     shape = "f32[" + ",".join(map(str, pages.shape)) + "]"
     for (name, key), program in engine.device._programs.items():
         if name in ("prefill", "decode", "forward"):

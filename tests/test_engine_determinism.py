@@ -56,7 +56,7 @@ def alone(engine: Engine, asked) -> list[Completion]:
     """Run the requests one by one, each on an empty prefix cache."""
     out = []
     for prompt, options in asked:
-        engine.call(engine._scheduler.pages.clear).result()
+        engine.call(engine._stepper.scheduler.pages.clear).result()
         out.append(ask(engine, prompt, **options).wait())
     return out
 
@@ -91,7 +91,7 @@ def run(folder, dtype: str, options: EngineOptions, *, pairs: int, at_once: int,
         assert len({c.token_ids for c in truth}) > pairs // 2
         assert not differences(truth, together(engine, asked, at_once=at_once, seed=2))
         preempted = observer.count
-        cached = engine._scheduler.pages.cached
+        cached = engine._stepper.scheduler.pages.cached
         assert not differences(truth, together(engine, asked, at_once=at_once // 2, seed=3))
     finally:
         engine.stop()

@@ -49,7 +49,7 @@ def test_eight_devices_say_what_one_says(folder, tmp_path_factory):
     assert [c.token_ids for c in again] == [c.token_ids for c in expected]
     assert scored.logprobs is not None
     assert engine.device.compiles == compiled
-    pages = engine.device._cache[0]["k"]
+    pages = engine.device.cache[0]["k"]
     assert pages.sharding.shard_shape(pages.shape)[0] == 2  # of 4 heads
 
 

@@ -5,7 +5,6 @@ that in a mesh of several processes each can be handed the same calls.
 """
 
 import contextlib
-import functools
 import logging
 import math
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen3_jax import distributed
+from qwen3_jax.cache import Cache
 from qwen3_jax.engine.observer import Observer
 from qwen3_jax.engine.options import CACHE_CONTEXT, EngineOptionError, EngineOptions
 from qwen3_jax.engine.programs import DECODES, Programs, Seat, row_names, samplers, seat
@@ -59,7 +59,7 @@ class Device:
             () if tags is None else tags.stop_ids,
             -1 if tags is None else tags.close_id,
         )
-        self.model = model
+        self._model = model
         self.options = options = options.on(platform)
         self.observer = observer
         self.tokens = model.tokenizer.vocab_size
@@ -81,13 +81,37 @@ class Device:
         chunk_pages = -(-options.chunk // options.page_tokens)
         longest = min(-(-config.max_position_embeddings // options.page_tokens), self.pages)
         self.columns = longest + chunk_pages  # the padding of a last chunk writes behind it, to the scratch page
-        self._cache_at: Any = None
+        at = None
         if mesh is not None and model.rules is not None:
             axes = ops.cache_axes
-            self._cache_at = [{name: NamedSharding(mesh, spec(axes[name], model.rules)) for name in axes}] * layers
-        self._cache = jax.jit(lambda: [empty(self.pages) for _ in range(layers)], out_shardings=self._cache_at)()
-        self._state, self._rows, self._edits = self._empty()
-        self._hidden = self._last = self._logits = None  # of the last `prefill` and `forward`
+            at = [{name: NamedSharding(mesh, spec(axes[name], model.rules)) for name in axes}] * layers
+        cache = jax.jit(lambda: [empty(self.pages) for _ in range(layers)], out_shardings=at)()
+        state, rows, edits = self._empty()
+        held = {"params": model.params, "cache": cache, "state": state, "rows": rows, "edits": edits, "no edits": {}}
+        held |= dict.fromkeys(
+            ("hidden", "last", "logits"), 0
+        )  # of the last `prefill` and `forward`, when there was one
+        self._trees = {name: jax.tree.structure(tree) for name, tree in held.items()}
+        # Flat, since a call looks at the keys of every dictionary again: a third of what it costs the host.
+        self._held = {name: tuple(jax.tree.leaves(tree)) for name, tree in held.items()}
+        self._cache_at = tuple(array.sharding for array in self._held["cache"])
+        self._sent: dict[str, tuple[np.ndarray, jax.Array | None]] = {}
+        self._counts = [self._put(np.array(n, np.int32)) for n in range(options.decode_tokens + 1)]
+
+    @property
+    def model(self) -> LoadedModel:
+        """What it computes with."""
+        return self._model
+
+    @model.setter
+    def model(self, model: LoadedModel) -> None:
+        self._model = model
+        self._held["params"] = tuple(jax.tree.leaves(model.params))
+
+    @property
+    def cache(self) -> Cache:
+        """The pages."""
+        return jax.tree.unflatten(self._trees["cache"], self._held["cache"])
 
     # What is dispatched: host values in, so that other processes can be told to do the same
 
@@ -97,54 +121,47 @@ class Device:
         bucket = next(size for size in self.buckets if size >= length)
         padded = np.zeros((1, bucket), np.int32)
         padded[0, :length] = tokens
-        at, count = np.array([start], np.int32), np.array([length], np.int32)
-        self._cache, self._hidden, self._last = self._call(
-            "prefill", (self.model.params, self._cache, table[None], padded, at, count), donate=(1,), key=bucket
-        )
+        host = (table[None], padded, np.array([start], np.int32), np.array([length], np.int32))
+        self._call("prefill", ("params", "cache"), host, keep=("cache", "hidden", "last"), key=bucket)
 
     def score(self, targets: np.ndarray) -> Emitted:
         """Return log-probabilities of the tokens that follow those of the last `prefill`, padded to the chunk."""
         padded = np.zeros(self.options.chunk, np.int32)
         padded[: len(targets)] = targets
-        args = (self.model.params, self._hidden, padded)
-        return self._call("score", args, key=(), sampler=self.samplers["all"])
+        return self._call("score", ("params", "hidden"), (padded,), sampler=self.samplers["all"])
 
     def join(self, row: int, seat: Seat, name: str) -> Emitted:
         """Draw the next token after the last `prefill` and give the sequence a row; `name` is "whole" or "all"."""
-        args = (self.model.params, self._last, self._state, self._rows, self._edits_of(name), np.int32(row), seat)
-        self._state, self._rows, edits, out = self._call(
-            "join", args, donate=(2, 3, 4), key=name, sampler=self.samplers[name]
+        kept = ("state", "rows", self._edits_of(name))
+        return self._call(
+            "join", ("params", "last", *kept), (np.int32(row), seat), keep=kept, key=name, sampler=self.samplers[name]
         )
-        self._edits = edits or self._edits
-        return out
 
     def decode(self, table: np.ndarray, active: np.ndarray, count: int, known: np.ndarray, name: str) -> Emitted:
         """Emit up to `count` tokens per active row: table [B, columns], known [decode_tokens, B]."""
-        args = (self.model.params, self._cache, self._state, self._edits_of(name), self._rows)
-        self._cache, self._state, edits, out = self._call(
-            "decode",
-            (*args, table, active, np.int32(count), known),
-            donate=(1, 2, 3),
-            key=name,
-            sampler=self.samplers[name],
+        kept = ("cache", "state", self._edits_of(name))
+        host = (
+            self._there("table", table),
+            self._there("active", active),
+            self._counts[count],
+            self._there("known", known),
         )
-        self._edits = edits or self._edits
-        return out
+        return self._call("decode", ("params", *kept, "rows"), host, keep=kept, key=name, sampler=self.samplers[name])
 
     def forward(self, table: np.ndarray, active: np.ndarray) -> None:
         """Run the last token of every active row, for `draw`."""
-        args = (self.model.params, self._cache, self._state, table, active)
-        self._cache, self._logits = self._call("forward", args, donate=(1,), key=())
+        host = self._there("table", table), self._there("active", active)
+        self._call("forward", ("params", "cache", "state"), host, keep=("cache", "logits"))
 
     def draw(self, active: np.ndarray, known: np.ndarray, answers: np.ndarray, allowed: np.ndarray) -> Emitted:
         """Draw one token per active row after `forward`; known, answers [B], allowed [B, W]."""
-        args = (self._logits, self._state, self._edits, self._rows, active, known, answers, allowed)
-        self._state, self._edits, out = self._call("draw", args, donate=(1, 2), key=(), sampler=self.samplers["all"])
-        return out
+        host = (active, known, answers, allowed)
+        kept = ("state", "edits")
+        return self._call("draw", ("logits", *kept, "rows"), host, keep=kept, sampler=self.samplers["all"])
 
     def scrub(self, table: np.ndarray) -> None:
         """Fill the pages of a sequence that broke with zeros; its table [columns]."""
-        self._cache = self._call("scrub", (self._cache, table), donate=(0,), key=())
+        self._call("scrub", ("cache",), (table,), keep=("cache",))
 
     # Compiling
 
@@ -168,42 +185,81 @@ class Device:
         self.forward(table, nobody)
         self.draw(nobody, known[0], nobody, np.zeros((B, -(-V // 32)), np.uint32))
         self.scrub(table[0])
-        jax.block_until_ready((self._cache, self._state))
-        self._state, self._rows, self._edits = self._empty()
+        self.wait()
+        for held, tree in zip(("state", "rows", "edits"), self._empty(), strict=True):
+            self._held[held] = tuple(jax.tree.leaves(tree))
 
     def wait(self) -> None:
         """Wait until nothing is under way."""
-        jax.block_until_ready((self._cache, self._state))
+        jax.block_until_ready((self._held["cache"], self._held["state"]))
 
-    def _call(self, name: str, args: tuple[Any, ...], *, key: Any, donate: tuple[int, ...] = (), **static: Any) -> Any:
+    def _call(
+        self, name: str, held: tuple[str, ...], host: tuple[Any, ...], *, keep: tuple[str, ...] = (), key: Any = (),
+        **static: Any,
+    ) -> Any:  # fmt: skip
+        """Call a program on what is held on the device and what comes from the host.
+
+        Args:
+            name: of the function in `Programs`.
+            held: its first arguments; those that it returns as well are donated.
+            keep: what its first results are held as; the other one is returned.
+            key: tells programs of one function apart, as `static` does.
+        """
+        args = (*(self._held[each] for each in held), *host)
         program = self._programs.get((name, key))
         if program is None:
             began = time.perf_counter()
-            function = functools.partial(getattr(self._functions, name), **static)
-            where: dict[str, Any] = {}
-            if (whole := self._everywhere) is not None:  # what comes from the host goes everywhere
-                ins = jax.tree.map(lambda a: a.sharding if isinstance(a, jax.Array) else whole, args)
-                where = {"in_shardings": ins, "out_shardings": self._out_shardings(name)}
-            program = jax.jit(function, donate_argnums=donate, **where).lower(*args).compile()
+            program = self._compiled(name, held, args, keep, static)
             self._programs[name, key] = program
             spent = time.perf_counter() - began
             self.compiles, self.compile_s = self.compiles + 1, self.compile_s + spent
             self.observer.compiled(f"{name} {key}" if key else name, spent)
-        out = program(*args)
-        return jax.block_until_ready(out) if self._one_by_one else out
+        kept, out = program(*args)
+        self._held.update(zip(keep, kept, strict=True))
+        if self._one_by_one:
+            jax.block_until_ready((kept, out))
+        return out
 
-    def _out_shardings(self, name: str) -> Any:
+    def _compiled(
+        self, name: str, held: tuple[str, ...], args: tuple[Any, ...], keep: tuple[str, ...], static: dict[str, Any]
+    ) -> Any:
+        function = getattr(self._functions, name)
+
+        def run(*args: Any) -> Any:
+            trees = [jax.tree.unflatten(self._trees[each], arg) for each, arg in zip(held, args, strict=False)]
+            outs = function(*trees, *args[len(held) :], **static)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            kept = [tuple(jax.tree.leaves(tree)) for tree in outs[: len(keep)]]
+            return kept, outs[-1] if len(outs) > len(keep) else None
+
+        run.__name__ = name
+        where: dict[str, Any] = {}
+        if (whole := self._everywhere) is not None:  # what comes from the host goes everywhere
+            ins = jax.tree.map(lambda a: a.sharding if isinstance(a, jax.Array) else whole, args)
+            kept = [self._cache_at if each == "cache" else whole for each in keep]
+            where = {"in_shardings": ins, "out_shardings": (kept, whole)}
+        donated = [i for i, each in enumerate(held) if each in keep]
+        return jax.jit(run, donate_argnums=donated, **where).lower(*args).compile()
+
+    def _there(self, name: str, array: np.ndarray) -> np.ndarray | jax.Array:
+        """Return what says the same on the device, once the same array comes again; see `Layout`."""
+        last, there = self._sent.get(name, (None, None))
+        if array is not last:
+            self._sent[name] = array, None
+            return array
+        if there is None:
+            there = self._put(array)
+            self._sent[name] = array, there
+        return there
+
+    def _put(self, array: np.ndarray) -> jax.Array:
         whole = self._everywhere
-        cache = self._cache_at
-        return {
-            "prefill": (cache, whole, whole),
-            "decode": (cache, whole, whole, whole),
-            "forward": (cache, whole),
-            "scrub": cache,
-        }.get(name, whole)
+        if whole is None:
+            return jax.device_put(array)
+        return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
 
-    def _edits_of(self, name: str) -> dict[str, jax.Array]:
-        return self._edits if self.samplers[name].edits else {}
+    def _edits_of(self, name: str) -> str:
+        return "edits" if self.samplers[name].edits else "no edits"
 
     def _dummy_seat(self, name: str) -> Seat:
         request = Request([0], SamplingParams(temperature=0.0), seed=0, stop_ids=(), limit=1)
@@ -211,13 +267,7 @@ class Device:
 
     def _empty(self) -> tuple[State, dict[str, jax.Array], dict[str, jax.Array]]:
         B, V = self.options.rows, self.model.config.vocab_size
-        whole = self._everywhere
-
-        def put(array: np.ndarray) -> jax.Array:
-            if whole is None:
-                return jax.device_put(array)
-            return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
-
+        put = self._put
         zeros = lambda shape, dtype: put(np.zeros(shape, dtype))  # noqa: E731
         state = State(
             token=zeros(B, np.int32),

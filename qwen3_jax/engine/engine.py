@@ -3,9 +3,8 @@
     engine = Engine(load_model(folder), EngineOptions(rows=32)); engine.start()
     ticket = engine.submit(engine.requests.make("The sky is", SamplingParams(max_tokens=16)), print)
 
-submit → inbox → [the engine's thread] scheduler.plan → dispatch → the previous dispatch's tokens → `Reply` → listeners.
-The thread dispatches one plan ahead, so that the device computes while the host turns tokens into text. Policy is the
-scheduler's, arithmetic the device's; here they meet.
+submit → inbox → [the engine's thread] `Stepper`: scheduler.plan → dispatch → tokens → `Reply` → listeners. This file is
+about the threads: what may be called from where, who waits for whom, and what is left when one fails.
 """
 
 import itertools
@@ -16,11 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from qwen3_jax import distributed
 from qwen3_jax.engine.device import Device
@@ -28,30 +26,17 @@ from qwen3_jax.engine.job import Grammar, Job
 from qwen3_jax.engine.lockstep import Leader
 from qwen3_jax.engine.observer import Observer
 from qwen3_jax.engine.options import EngineOptions
-from qwen3_jax.engine.programs import DECODES, STOP_IDS, seat
-from qwen3_jax.engine.scheduler import Scheduler
-from qwen3_jax.engine.sequence import Chunk, Decode, Plan
+from qwen3_jax.engine.programs import STOP_IDS
+from qwen3_jax.engine.stepper import Stepper
 from qwen3_jax.engine.updates import EngineError, EngineStopped, Listener, Load, Overloaded, Ticket, TooLarge, Update
 from qwen3_jax.loaded import LoadedModel
 from qwen3_jax.reply import Completion
 from qwen3_jax.request import Prompt, Request, Requests
 from qwen3_jax.sampling_params import SamplingParams
-from qwen3_jax.steps import BROKEN, IDLE, Emitted
 
 log = logging.getLogger("qwen3_jax.engine")
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A plan that was dispatched, and what will come of it."""
-
-    plan: Plan
-    entries: list[tuple[Job, Chunk | Decode, int, Emitted]] = field(default_factory=list)  # with the row in `Emitted`
-    scores: list[tuple[Job, int, int, Emitted]] = field(default_factory=list)  # with the first position, and how many
-    prompts: list[Job] = field(default_factory=list)  # that end with their prompt
-    stepwise: bool = False
 
 
 class Engine:
@@ -77,25 +62,13 @@ class Engine:
         device = Device(model, EngineOptions() if options is None else options, self.observer)
         self.device = device if jax.process_count() == 1 else Leader(device, self._lost)
         self.options = options = device.options
-        self._scheduler = Scheduler(
-            rows=options.rows,
-            pages=self.device.pages,
-            page_tokens=options.page_tokens,
-            chunk_tokens=options.chunk,
-            decode_tokens=options.decode_tokens,
-            prefix_cache=options.prefix_cache,
-            deterministic=options.deterministic,
-        )
-        self._jobs: dict[int, Job] = {}
+        self._stepper = Stepper(self.device, self.observer, self._abort)
         self._ids = itertools.count()
-        self._flights: deque[_Flight] = deque()
-        self._tables = np.full((options.rows, self.device.columns), self.device.pages, np.int32)
-        self._filled = [0] * options.rows  # pages of each row that its table names
         self._inbox: deque[Callable[[], None]] = deque()
         self._arriving: dict[int, Job] = {}  # submitted, not yet seen by the thread
         self._calls: set[Future[Any]] = set()
         self._news = threading.Condition()
-        self._load = self._measure()
+        self._load = self._stepper.load()
         self._thread: threading.Thread | None = None
         self._stopping = self._draining = False
         self._elsewhere_s = 0.0  # of this turn, spent in calls
@@ -151,7 +124,7 @@ class Engine:
             self._arriving[number] = job
             self._inbox.append(lambda: self._begin(job))
             self._news.notify()
-        return Ticket(request_id or str(number), lambda: self._tell(lambda: self._abort(number)))
+        return Ticket(request_id or str(number), lambda: self._abort(number))
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Run a function on the engine's thread between two steps; for other work on the device.
@@ -198,7 +171,7 @@ class Engine:
         deadline = time.monotonic() + timeout_s
         with self._news:
             self._draining = True
-            while (self._jobs or self._arriving) and self.failure is None:
+            while (self._stepper.jobs or self._arriving) and self.failure is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
@@ -279,9 +252,10 @@ class Engine:
                 self.observer.rejected("queue_tokens")
                 raise Overloaded(f"{ahead} prompt tokens are waiting, at most {most}: ask again later")
 
-    def _tell(self, message: Callable[[], None]) -> None:
+    def _abort(self, number: int) -> None:
+        """Let the thread give a request up."""
         with self._news:
-            self._inbox.append(message)
+            self._inbox.append(lambda: self._stepper.abort(number))
             self._news.notify()
 
     def _why(self) -> str:
@@ -293,7 +267,7 @@ class Engine:
         try:
             while True:
                 with self._news:
-                    while not (self._inbox or self._stopping or self._flights or self._scheduler.has_work):
+                    while not (self._inbox or self._stopping or self._stepper.has_work):
                         self._news.wait()
                     if self._stopping:
                         break
@@ -307,30 +281,20 @@ class Engine:
             self._end_all("error", f"the engine failed: {type(error).__name__}: {error}")
 
     def _turn(self) -> None:
-        """Take what came in, dispatch the next plan, and hand out what the one before it computed."""
-        began, self._elsewhere_s, waited = time.perf_counter(), 0.0, 0.0
+        """Take in what came, and let the stepper take its turn."""
+        began, self._elsewhere_s = time.perf_counter(), 0.0
         self._take_in()
-        plan = self._scheduler.plan()
-        for _ in plan.preempted:
-            self.observer.preempted()
-        if plan:
-            self._flights.append(self._dispatch(plan))
-        generated = 0
-        # A grammar's next mask needs the last token: nothing can be planned ahead of it.
-        ahead = 1 if plan and not self._flights[-1].stepwise else 0
-        while len(self._flights) > ahead:
-            spent, count = self._commit(self._flights.popleft())
-            waited, generated = waited + spent, generated + count
+        turn = self._stepper.turn()
         with self._news:
-            self._load = self._measure()
-            if self._draining and not self._jobs:
+            self._load = self._stepper.load()
+            if self._draining and not self._stepper.jobs:
                 self._news.notify_all()
-        if plan or generated:
+        if turn.plan or turn.generated:
             self.observer.step(
-                host_s=time.perf_counter() - began - waited - self._elsewhere_s,
-                rows=len(plan.decode),
-                prompt_tokens=sum(chunk.length for chunk in plan.prefill),
-                generated_tokens=generated,
+                host_s=time.perf_counter() - began - turn.waited_s - self._elsewhere_s,
+                rows=len(turn.plan.decode),
+                prompt_tokens=sum(chunk.length for chunk in turn.plan.prefill),
+                generated_tokens=turn.generated,
             )
 
     def _take_in(self) -> None:
@@ -342,170 +306,10 @@ class Engine:
             message()
 
     def _begin(self, job: Job) -> None:
-        with self._news:
+        self._stepper.begin(job)
+        with self._news:  # counted once at any moment
             self._arriving.pop(job.sequence.id, None)
-        self._jobs[job.sequence.id] = job
-        self._scheduler.add(job.sequence)
-        with self._news:
-            self._load = self._measure()
-
-    def _abort(self, number: int) -> None:
-        job = self._jobs.get(number)
-        if job is not None:
-            self._scheduler.cancel(number)
-            self._finish(job, job.give_up("abort", time.perf_counter()))
-
-    def _measure(self) -> Load:
-        scheduler = self._scheduler
-        return Load(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            waiting_tokens=scheduler.waiting_tokens,
-            pages_used=scheduler.pages.total - scheduler.pages.available,
-            pages_total=scheduler.pages.total,
-        )
-
-    def _dispatch(self, plan: Plan) -> _Flight:
-        now = time.perf_counter()
-        flight = _Flight(plan)
-        for sequence in plan.admitted:
-            job = self._jobs[sequence.id]
-            if job.admitted is None:
-                job.admitted = now
-                self.observer.prefix(queried=len(sequence.prompt), hits=sequence.cached)
-            assert sequence.row is not None
-            self._tables[sequence.row] = self.device.pages
-            self._filled[sequence.row] = 0
-        if plan.decode:
-            self._dispatch_decode(plan, flight)
-        for chunk in plan.prefill:
-            self._dispatch_chunk(chunk, flight)
-        return flight
-
-    def _row(self, entry: Chunk | Decode) -> int:
-        """Return the row of an entry, with its table brought up to date."""
-        row, pages = entry.sequence.row, entry.sequence.pages
-        assert row is not None
-        have = self._filled[row]
-        if len(pages) > have:
-            self._tables[row, have : len(pages)] = pages[have:]
-            self._filled[row] = len(pages)
-        return row
-
-    def _dispatch_chunk(self, chunk: Chunk, flight: _Flight) -> None:
-        job, row, device = self._jobs[chunk.sequence.id], self._row(chunk), self.device
-        ids = job.ids(chunk.start, chunk.start + chunk.length)
-        device.prefill(self._tables[row].copy(), ids, chunk.start)
-        prompt = job.request.prompt
-        if job.prompt_logprobs is not None and chunk.start < len(prompt) - 1:
-            targets = np.asarray(prompt[chunk.start + 1 : chunk.start + chunk.length + 1], np.int32)
-            flight.scores.append((job, chunk.start + 1, len(targets), device.score(targets)))
-        if job.request.limit == 0 and chunk.start + chunk.length == len(prompt):
-            flight.prompts.append(job)
-        if not chunk.draws:
-            return
-        allowed = job.mask() if chunk.new else None
-        name = "whole" if allowed is None and job.program != "all" else "all"
-        known = chunk.known[0] if chunk.known else -1
-        taken = seat(
-            device.steps, job.request, job.sequence.output,
-            target=chunk.start + chunk.length, index=chunk.first, known=known,
-            sampler=device.samplers[name], allowed=allowed,
-        )  # fmt: skip
-        out = device.join(row, taken, name)
-        flight.entries.append((job, chunk, 0, out))
-        flight.stepwise |= job.sequence.stepwise and chunk.new > 0
-
-    def _dispatch_decode(self, plan: Plan, flight: _Flight) -> None:
-        options, device = self.options, self.device
-        active = np.zeros(options.rows, np.bool_)
-        known = np.full((options.decode_tokens, options.rows), -1, np.int32)
-        jobs = [self._jobs[entry.sequence.id] for entry in plan.decode]
-        rows = [self._row(entry) for entry in plan.decode]
-        for entry, row in zip(plan.decode, rows, strict=True):
-            active[row] = True
-            known[: len(entry.known), row] = entry.known
-        name = max((job.program for job in jobs), key=DECODES.index)
-        tables = self._tables.copy()
-        under_grammar = [(job, row) for job, e, row in zip(jobs, plan.decode, rows, strict=True) if e.new and job.bound]
-        if under_grammar:
-            device.forward(tables, active)
-            allowed = np.full((options.rows, -(-self.model.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-            answers = np.zeros(options.rows, np.bool_)
-            for job, row in under_grammar:  # while the device runs the network
-                mask = job.mask()
-                if mask is not None:
-                    allowed[row], answers[row] = mask, job.answering
-            out = device.draw(active, known[0], answers, allowed)
-        else:
-            out = device.decode(tables, active, plan.decode_tokens, known, name)
-        for job, entry, row in zip(jobs, plan.decode, rows, strict=True):
-            flight.entries.append((job, entry, row, out))
-            flight.stepwise |= job.sequence.stepwise and entry.new > 0
-
-    def _commit(self, flight: _Flight) -> tuple[float, int]:
-        """Read a flight, hand its tokens out and tell the scheduler; returns the seconds waited, and the tokens."""
-        began = time.perf_counter()
-        outs = {id(out): out for *_, out in (*flight.entries, *flight.scores)}
-        read = {key: distributed.fetch(out) for key, out in outs.items()}
-        now = time.perf_counter()
-        for job, first, count, out in flight.scores:
-            job.take_scores(first, count, read[id(out)])
-        tokens: dict[int, list[int]] = {}
-        over: list[tuple[Job, Update]] = []
-        ended, failed, total = [], [], 0
-        for job, entry, row, out in flight.entries:
-            if job.over:
-                continue
-            number, values = job.sequence.id, read[id(out)]
-            ids = values["token"][:, row].tolist()
-            ids = ids[: ids.index(IDLE)] if IDLE in ids else ids
-            if BROKEN in ids:
-                failed.append(number)
-                self.observer.corrupted()
-                self._scrub(job)
-            update, new = job.take(ids, len(entry.known), values, row, now, self.observer)
-            tokens[number], total = new, total + len(new)
-            if job.over:
-                over.append((job, update))
-                ended.append(number)
-            elif update is not None:
-                self._hand(job, update)
-        for job in flight.prompts:
-            if job.over:
-                continue
-            if job.corrupt:
-                failed.append(job.sequence.id)
-                self.observer.corrupted()
-                self._scrub(job)
-            over.append((job, job.conclude(now)))
-        self._scheduler.commit(flight.plan, tokens, ended, failed)
-        for job, update in over:
-            self._finish(job, update)
-        return now - began, total
-
-    def _scrub(self, job: Job) -> None:
-        """Clean the pages of a sequence that broke, before the scheduler gives them to somebody else."""
-        table = np.full(self.device.columns, self.device.pages, np.int32)
-        pages = job.sequence.pages
-        table[: len(pages)] = pages
-        self.device.scrub(table)
-
-    def _finish(self, job: Job, update: Update) -> None:
-        """Hand out a job's last update and forget it."""
-        if self._jobs.pop(job.sequence.id, None) is None:
-            return
-        assert update.stats is not None
-        assert update.completion is not None
-        self.observer.finished(update.stats, finish_reason=update.completion.finish_reason)
-        self._hand(job, update)
-
-    def _hand(self, job: Job, update: Update) -> None:
-        try:
-            job.listener(update)
-        except Exception:
-            log.exception("the listener of request %d failed; its request is given up", job.sequence.id)
-            self._tell(lambda: self._abort(job.sequence.id))
+            self._load = self._stepper.load()
 
     def _lost(self, reason: str) -> None:
         """Answer everybody when another process is gone, from its watcher's thread: the engine's may wait for ever."""
@@ -519,14 +323,15 @@ class Engine:
             self._stopping = True
             calls, self._calls = self._calls, set()
             self._inbox.clear()
-            jobs = [*self._jobs.values(), *self._arriving.values()]
-            self._jobs, self._arriving = {job.sequence.id: job for job in jobs}, {}
+            self._stepper.jobs.update(self._arriving)
+            self._arriving = {}
+            jobs = [*self._stepper.jobs.values()]
             self._news.notify_all()
         for future in calls:
             if not future.done():
                 future.set_exception(EngineStopped(f"the engine {self._why()}"))
         now = time.perf_counter()
         for job in jobs:
-            self._finish(job, replace(job.give_up("error" if error else "abort", now), error=error))
+            self._stepper.finish(job, job.give_up("error" if error else "abort", now)._replace(error=error))
         with self._news:
             self._load = replace(self._load, running=0, waiting=0, waiting_tokens=0, pages_used=0)

@@ -1,12 +1,11 @@
 """One request under way: its sequence, its text, its grammar and its times."""
 
-import itertools
 import logging
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -15,9 +14,9 @@ from qwen3_jax.engine.programs import program_for, stage_after, thinking
 from qwen3_jax.engine.sequence import Sequence
 from qwen3_jax.engine.updates import Listener, RequestStats, Update
 from qwen3_jax.loaded import LoadedModel
-from qwen3_jax.reply import Reply, Timings, TokenLogprob
+from qwen3_jax.reply import Reply, Timings, TokenLogprob, logprobs_of
 from qwen3_jax.request import Request
-from qwen3_jax.steps import BROKEN, Steps
+from qwen3_jax.steps import Steps
 from qwen3_jax.text.thinking import ThinkingIds
 
 log = logging.getLogger("qwen3_jax.engine")
@@ -164,45 +163,49 @@ class Job:
         self.matcher = None
 
     def take(
-        self, ids: list[int], known: int, values: Mapping[str, np.ndarray], row: int, now: float, observer: Observer
-    ) -> tuple[Any, list[int]]:
-        """Take the tokens of one dispatch, the first `known` of which are old; returns the update and the new ones."""
-        pieces, fresh, logprobs = [], [], []
-        for i, token in enumerate(ids):
-            if i < known and token != BROKEN:
-                continue
-            if self.reply.completion is not None:
-                break
-            index = len(self.sequence.output) + len(fresh)
-            logprob = None
-            if token != BROKEN:
-                logprob = _logprob(values, i, row, self.request.params.logprobs)
-                fresh.append(token)
-                if logprob is not None:
-                    logprobs.append(logprob)
-            if self.first is None:
-                self.first = now
-                observer.first_token(now - self.submitted)
-            pieces += self.reply.take(None if token == BROKEN else token, logprob, self._clock(now))
-            if token != BROKEN and self.reply.completion is None:
-                self._advance(index, token)
-        if fresh and self.last is not None:
-            observer.inter_token(now - self.last, len(fresh))
-        if fresh:
+        self,
+        ids: list[int],
+        broken: bool,
+        emitted: Mapping[str, np.ndarray],
+        row: int,
+        now: float,
+        observer: Observer,
+        *,
+        at: int = 0,
+    ) -> Update | None:
+        """Take what one call emitted for the row; returns the update, whose tokens are those that count, if any do.
+
+        Args:
+            ids: the new tokens, `broken` if the logits after them were not finite.
+            emitted: for their log-probabilities, from its step `at` on.
+        """
+        if not (ids or broken):
+            return None
+        if self.first is None:
+            self.first = now
+            observer.first_token(now - self.submitted)
+        reply, index = self.reply, len(self.sequence.output)
+        wanted = self.request.params.logprobs
+        logprobs = () if wanted is None else logprobs_of(emitted, row, ids, wanted, at=at)
+        pieces = reply.take(ids, logprobs, lambda: self._clock(now))
+        if reply.completion is not None:
+            ids = ids[: reply.length - index]
+        elif broken:
+            pieces += reply.end("error", lambda: self._clock(now))
+        elif self.matcher is not None:
+            for i, token in enumerate(ids):
+                self._advance(index + i, token)
+        if ids:
+            if self.last is not None:
+                observer.inter_token(now - self.last, len(ids))
             self.last = now
-        if len(pieces) > 1:
-            runs = itertools.groupby(pieces, lambda piece: piece[0])
-            pieces = [(label, "".join(text for _, text in run)) for label, run in runs]
-        prompt = self._report() if fresh else None
-        self.over = self.reply.completion is not None
-        if not (fresh or self.over):
-            return None, fresh
-        completion, error, stats = self.reply.completion, None, None
+        completion, error, stats = reply.completion, None, None
         if completion is not None:
-            stats = self._stats(now)
+            self.over, stats = True, self._stats(now)
             error = self.grammar_error if self.matcher is None else self.matcher.error
             completion = completion if error is None else replace(completion, finish_reason="error")
-        return Update(tuple(pieces), tuple(fresh), tuple(logprobs), prompt, completion, stats, error), fresh
+        prompt = None if self.prompt_logprobs is None or not ids else self._report()
+        return Update(tuple(pieces), tuple(ids), tuple(logprobs[: len(ids)]), prompt, completion, stats, error)
 
     @property
     def corrupt(self) -> bool:
@@ -213,22 +216,19 @@ class Job:
         """End with the prompt, where no token was asked for; returns the only update."""
         if self.corrupt:
             return self.give_up("error", now)
-        return replace(self.give_up("length", now), prompt_logprobs=self._report())
+        return self.give_up("length", now)._replace(prompt_logprobs=self._report())
 
     def give_up(self, reason: Literal["abort", "error", "length"], now: float) -> Update:
         """End before the next token; returns the last update."""
-        pieces = self.reply.end(reason, self._clock(now)) if self.reply.completion is None else []
+        pieces = self.reply.end(reason, lambda: self._clock(now)) if self.reply.completion is None else []
         self.over = True
         return Update(pieces=tuple(pieces), completion=self.reply.completion, stats=self._stats(now))
 
     def take_scores(self, first: int, count: int, values: Mapping[str, np.ndarray]) -> None:
         """Keep the log-probabilities of the prompt's tokens from position `first` on."""
         columns = {name: array[:, None] for name, array in values.items()}
-        columns["token"] = np.asarray(self.sequence.prompt[first : first + count], np.int32)[:, None]
-        for i in range(count):
-            entry = _logprob(columns, i, 0, self.prompt_logprobs)
-            if entry is not None:
-                self.scored[first + i] = entry
+        entries = logprobs_of(columns, 0, self.sequence.prompt[first : first + count], self.prompt_logprobs)
+        self.scored.update(enumerate(entries, first))
 
     def _report(self) -> tuple[TokenLogprob | None, ...] | None:
         if self.prompt_logprobs is None or self.reported:
@@ -284,13 +284,3 @@ class Job:
             choice=self.request.choice,
             choices=self.request.choices,
         )
-
-
-def _logprob(values: Mapping[str, np.ndarray], i: int, row: int, wanted: int | None) -> TokenLogprob | None:
-    if wanted is None:
-        return None
-    top: tuple[tuple[int, float], ...] = ()
-    if wanted:
-        ids, numbers = (values[name][i, row, :wanted].tolist() for name in ("top_ids", "top_logprobs"))
-        top = tuple(zip(ids, numbers, strict=True))
-    return TokenLogprob(int(values["token"][i, row]), float(values["logprob"][i, row]), top)

@@ -78,7 +78,7 @@ class Scheduler:
         self.waiting_tokens = 0  # prompt tokens of those that wait
         self._sequences: dict[int, Sequence] = {}
         self._prefilling: list[Sequence] = []  # whose turn it is first
-        self._decoding: list[Sequence] = []
+        self._decoding: list[Sequence] = []  # by priority and arrival
         self._rows = list(range(rows - 1, -1, -1))  # free ones
         self._arrivals = 0
 
@@ -148,7 +148,7 @@ class Scheduler:
     def commit(
         self,
         plan: Plan,
-        tokens: Mapping[int, list[int]],
+        tokens: Mapping[int, Collection[int]],
         ended: Collection[int] = (),
         failed: Collection[int] = (),
     ) -> list[Sequence]:
@@ -165,8 +165,8 @@ class Scheduler:
         """
         over = []
         for entry in (*plan.prefill, *plan.decode):
-            sequence = entry.sequence
-            sequence.in_flight -= entry.new
+            sequence, planned = entry.sequence, entry.new
+            sequence.in_flight -= planned
             if sequence.state == "ended":
                 continue
             if sequence.id in failed:
@@ -174,10 +174,10 @@ class Scheduler:
                 self._end(sequence)
                 over.append(sequence)
                 continue
-            new = tokens.get(sequence.id, []) if entry.new else []
+            new = tokens.get(sequence.id, ()) if planned else ()
             ends = sequence.id in ended
-            if len(new) > entry.new or (len(new) < entry.new and not ends):
-                raise ValueError(f"sequence {sequence.id} got {len(new)} tokens where {entry.new} were planned")
+            if len(new) > planned or (len(new) < planned and not ends):
+                raise ValueError(f"sequence {sequence.id} got {len(new)} tokens where {planned} were planned")
             sequence.output.extend(new)
             if entry.life == sequence.preemptions:
                 self._register(sequence, entry)
@@ -189,33 +189,28 @@ class Scheduler:
 
     def _plan_decode(self, plan: Plan, alone: bool) -> None:
         """Plan a step of every row that has one to do, best first; the worst lose their pages if there are too few."""
-        ready = sorted((s for s in self._decoding if self._decodes(s)), key=_rank)
-        if not ready:
-            return
+        # Not those all of whose tokens are in flight, nor who waits for the one that its next depends on.
+        ready = [s for s in self._decoding if _issued(s) < s.limit and not (s.stepwise and s.in_flight)]
         steps = 1
-        if alone and not any(s.stepwise for s in self._decoding):
+        if ready and alone and self.decode_tokens > 1 and not any(s.stepwise for s in self._decoding):
             steps = min(self.decode_tokens, max(s.limit - _issued(s) for s in ready))
             if sum(self._lacking(s, min(steps, s.limit - _issued(s))) for s in ready) > self.pages.available:
                 steps = 1
         for sequence in ready:
             if sequence.state != "running":  # preempted for a better one, as are all behind it
                 break
-            first = _issued(sequence)
+            start, first = sequence.computed, _issued(sequence)
             count = min(steps, sequence.limit - first)
-            lacking = self._lacking(sequence, count)
-            if lacking:
+            if start + count > len(sequence.pages) * self.page_tokens:
+                lacking = self._lacking(sequence, count)
                 if not self._make_room(sequence, lacking, plan):
                     break
                 sequence.pages += self.pages.take(lacking)
-            known = tuple(sequence.output[first : first + count])
-            plan.decode.append(Decode(sequence, sequence.computed, count, first, known, sequence.preemptions))
+            known = () if first >= len(sequence.output) else tuple(sequence.output[first : first + count])
+            plan.decode.append(Decode(sequence, start, count, first, known, sequence.preemptions))
             plan.decode_tokens = max(plan.decode_tokens, count)
-            sequence.computed += count
+            sequence.computed = start + count
             sequence.in_flight += count - len(known)
-
-    def _decodes(self, sequence: Sequence) -> bool:
-        """Whether a row has a step to do: not all its tokens are in flight, nor the one that its next depends on."""
-        return _issued(sequence) < sequence.limit and not (sequence.stepwise and sequence.in_flight)
 
     def _lacking(self, sequence: Sequence, count: int) -> int:
         """Return how many pages a row still needs for the next `count` positions."""
@@ -288,7 +283,10 @@ class Scheduler:
                 break
         for sequence in turns:
             self._prefilling.remove(sequence)
-            (self._prefilling if sequence.prefilling else self._decoding).append(sequence)
+            if sequence.prefilling:
+                self._prefilling.append(sequence)
+            else:
+                insort(self._decoding, sequence, key=_rank)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)

@@ -63,7 +63,7 @@ class Sequence:
         return self.prompt[position] if at < 0 else self.output[at]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """Prefill positions [start, start + length) of a sequence, which attend to all positions before them.
 
@@ -89,7 +89,7 @@ class Chunk:
         return int(self.draws) - len(self.known)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Decode:
     """Decode `count` tokens of a row, from output token `first` on, writing positions [start, start + count).
 

@@ -5,6 +5,7 @@ Pure Python, no JAX import.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qwen3_jax.reply import Completion, Piece, TokenLogprob
 
@@ -61,8 +62,7 @@ class RequestStats:
 PromptLogprobs = tuple[TokenLogprob | None, ...]  # one per prompt token; the first has none
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """News of one request, handed to its listener on the engine's thread; a listener must not block.
 
     Attributes:

@@ -1,12 +1,13 @@
 """Token ids → text as it arrives: whole characters only, and stop strings cut out exactly.
 
-A `Detokenizer` reads the bytes of each id through an incremental UTF-8 decoder, so the pieces joined are
-`Tokenizer.decode` of all ids for every way to split them, and each id is looked at once. `StopStrings` follows it.
+A `Detokenizer` looks up the text of ids that are whole characters. Of others it reads the bytes as UTF-8 and keeps the
+beginning of a character for the next id, so the pieces joined are `Tokenizer.decode` of all ids for every way to split
+them, and each id is looked at once. `StopStrings` follows it.
 """
 
 import codecs
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from qwen3_jax.text.tokenizer import Tokenizer
 
@@ -14,21 +15,28 @@ from qwen3_jax.text.tokenizer import Tokenizer
 class Detokenizer:
     """Decode one sequence incrementally."""
 
+    __slots__ = ("_rest", "_skip", "_texts", "_tokenizer")
+
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._texts = tokenizer.token_texts(skip_special_tokens=skip_special_tokens)
+        self._rest = b""  # the beginning of a character
 
-    def feed(self, ids: Iterable[int]) -> str:
+    def feed(self, ids: Sequence[int]) -> str:
         """Return the text these ids complete; a character whose bytes are still missing waits for the next call."""
-        skip = self._skip
-        data = b"".join([self._tokenizer.token_bytes(int(i), skip_special_tokens=skip) for i in ids])
-        return self._decoder.decode(data)
+        if not self._rest:
+            texts = [self._texts[i] for i in ids]
+            if None not in texts:
+                return "".join(texts)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        data = self._rest + b"".join([self._tokenizer.token_bytes(i, skip_special_tokens=self._skip) for i in ids])
+        text, read = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[read:]
+        return text
 
     def finish(self) -> str:
         """Return what still waits: U+FFFD if the sequence ends inside a character, else nothing. Then start anew."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        text, self._rest = self._rest.decode("utf-8", "replace"), b""
         return text
 
 

@@ -8,7 +8,7 @@ The budget (technical report §4.3): a row that has generated `budget` tokens af
 included, without `</think>` or the end of the turn is given the ids of `STOP_TEXT`, and then goes on by itself.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,42 +95,39 @@ class ThinkingStream:
     text of the answer; `raw` makes all of them so.
     """
 
+    __slots__ = ("_blank", "_newlines", "_state", "_tags", "_text", "_turn")
+
     def __init__(
         self, tokenizer: Tokenizer, *, opened: bool = False, raw: bool = False, skip_special_tokens: bool = True
     ):
         self._tags = None if raw else ThinkingIds.of(tokenizer)
         self._text = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
-        self._state: Literal["before", "inside", "after"] = "inside" if opened and self._tags else "before"
-        self._blank = self._state == "inside"  # newlines at the start of a part are dropped
-        self._newlines = ""  # held back: dropped if the reasoning ends here
+        self._go("inside" if opened and self._tags else "before")
 
-    def feed(self, ids: Iterable[int]) -> list[tuple[Label, str]]:
+    def feed(self, ids: Sequence[int]) -> list[tuple[Label, str]]:
         """Return the labelled text these ids complete, in order."""
-        return [*self._pieces(ids)]
+        if self._turn is None or self._turn not in ids:
+            return self._emit(self._text.feed(ids))
+        at = ids.index(self._turn)
+        pieces = self._emit(self._text.feed(ids[:at]) + self._text.finish())
+        self._go("inside" if self._state == "before" else "after")
+        return pieces + self.feed(ids[at + 1 :])
 
     def finish(self) -> list[tuple[Label, str]]:
         """Return what still waits when the output ends."""
-        return [*self._emit(self._text.finish())]
+        return self._emit(self._text.finish())
 
-    def _pieces(self, ids: Iterable[int]) -> Iterator[tuple[Label, str]]:
-        run: list[int] = []
-        for token_id in ids:
-            turn = self._turn(int(token_id))
-            if turn is None:
-                run.append(token_id)
-                continue
-            yield from self._emit(self._text.feed(run) + self._text.finish())
-            run, self._state, self._blank, self._newlines = [], turn, True, ""
-        yield from self._emit(self._text.feed(run))
+    def _go(self, state: Literal["before", "inside", "after"]) -> None:
+        self._state: Literal["before", "inside", "after"] = state
+        self._blank = state != "before"  # newlines at the start of a part are dropped
+        self._newlines = ""  # held back: dropped if the reasoning ends here
+        tags = self._tags
+        ends = {} if tags is None else {"before": tags.open_id, "inside": tags.close_id}
+        self._turn = ends.get(state)  # the id that ends this part
 
-    def _turn(self, token_id: int) -> Literal["inside", "after"] | None:
-        if self._tags is not None and self._state == "before" and token_id == self._tags.open_id:
-            return "inside"
-        if self._tags is not None and self._state == "inside" and token_id == self._tags.close_id:
-            return "after"
-        return None
-
-    def _emit(self, text: str) -> Iterator[tuple[Label, str]]:
+    def _emit(self, text: str) -> list[tuple[Label, str]]:
+        if not text:
+            return []
         if self._blank:
             text = text.lstrip("\n")
             self._blank = not text
@@ -138,5 +135,4 @@ class ThinkingStream:
             text = self._newlines + text
             kept = text.rstrip("\n")
             text, self._newlines = kept, text[len(kept) :]
-        if text:
-            yield ("reasoning" if self._state == "inside" else "answer"), text
+        return [("reasoning" if self._state == "inside" else "answer", text)] if text else []

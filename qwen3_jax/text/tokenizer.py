@@ -7,7 +7,7 @@ a regular expression of its own nor a step that would be silently dropped, and t
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,9 @@ class Tokenizer:
         for stop in stops:
             if not 0 <= stop < self.vocab_size:
                 raise TokenizerError(f"eos_token_id {stop} is not an id of the tokenizer (0..{self.vocab_size - 1})")
-        self._bytes: dict[int, bytes] = {}
-        self._skipped = frozenset(t["id"] for t in added if t.get("special"))
+        skipped = frozenset(t["id"] for t in added if t.get("special"))
+        self._bytes = _Bytes(backend, frozenset()), _Bytes(backend, skipped)  # by skip_special_tokens
+        self._texts = _Texts(self._bytes[False]), _Texts(self._bytes[True])
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
@@ -157,19 +158,42 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = False) -> bytes:
         """Return the bytes one id stands for; `decode` is the UTF-8 reading of their concatenation."""
-        if skip_special_tokens and token_id in self._skipped:
-            return b""
-        known = self._bytes.get(token_id)
-        if known is None:
-            token = self._backend.id_to_token(token_id) or ""
-            mapped = all(c in BYTE_OF for c in token)  # else an added token with characters outside the byte alphabet
-            known = bytes(BYTE_OF[c] for c in token) if mapped else token.encode()
-            self._bytes[token_id] = known
-        return known
+        return self._bytes[skip_special_tokens][token_id]
+
+    def token_texts(self, *, skip_special_tokens: bool = False) -> Mapping[int, str | None]:
+        """Return each id's own text, None where its bytes are no whole characters; any id may be looked up."""
+        return self._texts[skip_special_tokens]
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its exact string, None when there is none."""
         return self._backend.token_to_id(token)
+
+
+class _Bytes(dict[int, bytes]):
+    """The bytes of each id, found when they are first asked for: a dictionary's own look-up serves every later time."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]):
+        self._backend, self._skipped = backend, skipped
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = "" if token_id in self._skipped else self._backend.id_to_token(token_id) or ""
+        mapped = all(c in BYTE_OF for c in token)  # else an added token with characters outside the byte alphabet
+        found = self[int(token_id)] = bytes(BYTE_OF[c] for c in token) if mapped else token.encode()
+        return found
+
+
+class _Texts(dict[int, str | None]):
+    """The text of each id whose bytes are whole characters."""
+
+    def __init__(self, known: _Bytes):
+        self._known = known
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            found = self[int(token_id)] = self._known[token_id].decode()
+        except UnicodeDecodeError:
+            found = self[int(token_id)] = None
+        return found
 
 
 def token_text(value: Any) -> str | None:
