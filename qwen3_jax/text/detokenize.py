@@ -88,6 +88,8 @@ class StopStrings:
         """Return the text that is now known to precede any stop string (plus the stop string with `include_stop`)."""
         if self.matched is not None:
             return ""
+        if not self._held and self._next[0].keys().isdisjoint(text):
+            return text  # no character of it begins a stop string
         held = self._held + text
         for end in range(len(self._held) + 1, len(held) + 1):
             self._node = self._step(self._node, held[end - 1])
