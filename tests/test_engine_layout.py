@@ -1,45 +1,46 @@
-"""The arrays of decode calls: true at every moment, never written once they are out, and the same while they say so."""
+"""The arrays of decode calls: the device's tables follow the rows' pages; nothing that is out is ever written."""
 
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_jax.engine.layout import Layout
+from qwen3_jax.engine.programs import grown
 
-ROWS, COLUMNS, SCRATCH, TOKENS = 3, 6, 99, 4
+ROWS, COLUMNS, SCRATCH, GROWTH, TOKENS = 3, 7, 99, 2, 4
 
 
-@given(st.lists(st.tuples(st.integers(0, ROWS - 1), st.sampled_from(["empty", "grow", "look"])), max_size=30))
-@settings(max_examples=100, deadline=None)
-def test_tables_say_what_the_rows_hold(actions):
-    layout = Layout(rows=ROWS, columns=COLUMNS, scratch=SCRATCH, decode_tokens=TOKENS)
-    pages: list[list[int]] = [[] for _ in range(ROWS)]
-    given_out: list[tuple[np.ndarray, np.ndarray]] = []
-    changed = True
-    for row, action in actions:
-        if action == "empty":
-            pages[row] = []
-            layout.empty(row)
-            changed = True
-        elif action == "grow" and len(pages[row]) < COLUMNS:
-            pages[row] = [*pages[row], 10 * row + len(pages[row])]
-            changed = True
-        for each in range(ROWS):
-            layout.fill(each, pages[each])
-        tables = layout.tables
-        expected = np.array([(held + [SCRATCH] * COLUMNS)[:COLUMNS] for held in pages], np.int32)
-        np.testing.assert_array_equal(tables, expected)
-        np.testing.assert_array_equal(layout.table(row), expected[row])
-        np.testing.assert_array_equal(layout.table_of(pages[row]), expected[row])
-        assert (tables is given_out[-1][0] if given_out else False) == (not changed)
-        given_out.append((tables, tables.copy()))
-        changed = False
-        for array, said in given_out:
-            np.testing.assert_array_equal(array, said)
+def layout_of() -> Layout:
+    return Layout(rows=ROWS, columns=COLUMNS, scratch=SCRATCH, growth=GROWTH, decode_tokens=TOKENS)
+
+
+@given(st.lists(st.tuples(st.integers(0, ROWS - 1), st.integers(0, GROWTH), st.booleans()), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_the_devices_tables_say_what_the_rows_hold(actions):
+    """A row joins with some pages or grows by some; after each call every table is the whole list, then scratch."""
+    layout, out = layout_of(), []
+    tables, pages = np.full((ROWS, COLUMNS), SCRATCH, np.int32), [[0] * 0 for _ in range(ROWS)]
+    for number, (row, count, joins) in enumerate(actions):
+        more = [10 * number + i for i in range(count)]
+        if joins or len(pages[row]) + count > COLUMNS:
+            pages[row] = more
+            tables[row] = layout.table(more)
+            layout.join(row, more)
+        else:
+            pages[row] = pages[row] + more
+            layout.grow(row, pages[row])
+        growth = layout.growth()
+        out.append((growth, growth.copy()))
+        tables = np.array(grown(jnp.asarray(tables), jnp.asarray(growth)))
+        np.testing.assert_array_equal(tables, [(held + [SCRATCH] * COLUMNS)[:COLUMNS] for held in pages])
+    for array, said in out:
+        np.testing.assert_array_equal(array, said)
+    assert layout.growth() is layout.growth()
 
 
 def test_who_is_active_and_what_is_known():
-    layout = Layout(rows=ROWS, columns=COLUMNS, scratch=SCRATCH, decode_tokens=TOKENS)
+    layout = layout_of()
     first = layout.active([0, 2])
     assert first.tolist() == [True, False, True]
     assert layout.active([0, 2]) is first

@@ -40,7 +40,7 @@ class Device:
 
     Attributes:
         pages: of the cache, without the scratch page, whose number this is.
-        columns: of a row's table.
+        columns: of a row's table; growth: most pages that one decode call adds to it.
         samplers: {name: Sampler} that programs exist for.
         compiles: programs compiled so far, and compile_s the seconds it took.
     """
@@ -81,13 +81,13 @@ class Device:
         chunk_pages = -(-options.chunk // options.page_tokens)
         longest = min(-(-config.max_position_embeddings // options.page_tokens), self.pages)
         self.columns = longest + chunk_pages  # the padding of a last chunk writes behind it, to the scratch page
+        self.growth = -(-options.decode_tokens // options.page_tokens)
         at = None
         if mesh is not None and model.rules is not None:
             axes = ops.cache_axes
             at = [{name: NamedSharding(mesh, spec(axes[name], model.rules)) for name in axes}] * layers
         cache = jax.jit(lambda: [empty(self.pages) for _ in range(layers)], out_shardings=at)()
-        state, rows, edits = self._empty()
-        held = {"params": model.params, "cache": cache, "state": state, "rows": rows, "edits": edits, "no edits": {}}
+        held = {"params": model.params, "cache": cache, "no edits": {}, **self._empty()}
         held |= dict.fromkeys(
             ("hidden", "last", "logits"), 0
         )  # of the last `prefill` and `forward`, when there was one
@@ -132,26 +132,26 @@ class Device:
 
     def join(self, row: int, seat: Seat, name: str) -> Emitted:
         """Draw the next token after the last `prefill` and give the sequence a row; `name` is "whole" or "all"."""
-        kept = ("state", "rows", self._edits_of(name))
+        kept = ("state", "rows", self._edits_of(name), "tables")
         return self._call(
             "join", ("params", "last", *kept), (np.int32(row), seat), keep=kept, key=name, sampler=self.samplers[name]
         )
 
-    def decode(self, table: np.ndarray, active: np.ndarray, count: int, known: np.ndarray, name: str) -> Emitted:
-        """Emit up to `count` tokens per active row: table [B, columns], known [decode_tokens, B]."""
-        kept = ("cache", "state", self._edits_of(name))
+    def decode(self, growth: np.ndarray, active: np.ndarray, count: int, known: np.ndarray, name: str) -> Emitted:
+        """Emit up to `count` tokens per active row: growth [B, growth, 2], known [decode_tokens, B]."""
+        kept = ("cache", "state", self._edits_of(name), "tables")
         host = (
-            self._there("table", table),
+            self._there("growth", growth),
             self._there("active", active),
             self._counts[count],
             self._there("known", known),
         )
         return self._call("decode", ("params", *kept, "rows"), host, keep=kept, key=name, sampler=self.samplers[name])
 
-    def forward(self, table: np.ndarray, active: np.ndarray) -> None:
+    def forward(self, growth: np.ndarray, active: np.ndarray) -> None:
         """Run the last token of every active row, for `draw`."""
-        host = self._there("table", table), self._there("active", active)
-        self._call("forward", ("params", "cache", "state"), host, keep=("cache", "logits"))
+        host = self._there("growth", growth), self._there("active", active)
+        self._call("forward", ("params", "cache", "tables", "state"), host, keep=("cache", "tables", "logits"))
 
     def draw(self, active: np.ndarray, known: np.ndarray, answers: np.ndarray, allowed: np.ndarray) -> Emitted:
         """Draw one token per active row after `forward`; known, answers [B], allowed [B, W]."""
@@ -168,26 +168,26 @@ class Device:
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile every program, by running each once on nothing."""
         B, V = self.options.rows, self.model.config.vocab_size
-        nobody, table = np.zeros(B, np.bool_), np.full((B, self.columns), self.pages, np.int32)
+        nobody, table = np.zeros(B, np.bool_), np.full(self.columns, self.pages, np.int32)
+        growth = np.full((B, self.growth, 2), -1, np.int32)
         known = np.full((self.options.decode_tokens, B), -1, np.int32)
         tell = progress or (lambda text: None)
         for bucket in self.buckets:
             tell(f"prefill of {bucket} tokens")
-            self.prefill(table[0], np.zeros(bucket, np.int32), 0)
+            self.prefill(table, np.zeros(bucket, np.int32), 0)
         self.score(np.zeros(1, np.int32))
         for name in ("whole", "all"):
             tell(f"first token, {name}")
             self.join(0, self._dummy_seat(name), name)
         for name in DECODES:
             tell(f"decode of {B} rows, {name}")
-            self.decode(table, nobody, 1, known, name)
+            self.decode(growth, nobody, 1, known, name)
         tell("decode under grammars")
-        self.forward(table, nobody)
+        self.forward(growth, nobody)
         self.draw(nobody, known[0], nobody, np.zeros((B, -(-V // 32)), np.uint32))
-        self.scrub(table[0])
+        self.scrub(table)
         self.wait()
-        for held, tree in zip(("state", "rows", "edits"), self._empty(), strict=True):
-            self._held[held] = tuple(jax.tree.leaves(tree))
+        self._held |= {name: tuple(jax.tree.leaves(tree)) for name, tree in self._empty().items()}
 
     def wait(self) -> None:
         """Wait until nothing is under way."""
@@ -263,9 +263,14 @@ class Device:
 
     def _dummy_seat(self, name: str) -> Seat:
         request = Request([0], SamplingParams(temperature=0.0), seed=0, stop_ids=(), limit=1)
-        return seat(self.steps, request, [], target=1, index=0, known=-1, sampler=self.samplers[name], allowed=None)
+        table = np.full(self.columns, self.pages, np.int32)
+        return seat(
+            self.steps, request, [], target=1, index=0, known=-1,
+            sampler=self.samplers[name], allowed=None, table=table,
+        )  # fmt: skip
 
-    def _empty(self) -> tuple[State, dict[str, jax.Array], dict[str, jax.Array]]:
+    def _empty(self) -> dict[str, Any]:
+        """Return what is held of rows that nobody has."""
         B, V = self.options.rows, self.model.config.vocab_size
         put = self._put
         zeros = lambda shape, dtype: put(np.zeros(shape, dtype))  # noqa: E731
@@ -284,7 +289,8 @@ class Device:
             "prompt": zeros((B, V), np.bool_),
             "counts": zeros((B, V), np.int32),
         }
-        return state, rows, edits
+        tables = put(np.full((B, self.columns), self.pages, np.int32))
+        return {"state": state, "rows": rows, "edits": edits, "tables": tables}
 
 
 def _buckets(options: EngineOptions) -> list[int]:

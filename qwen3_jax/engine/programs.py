@@ -77,20 +77,22 @@ class Programs:
         state: State,
         rows: Rows,
         edits: Edits,
+        tables: jax.Array,
         row: jax.Array,
         seat: Rows,
         *,
         sampler: Sampler,
-    ) -> tuple[State, Rows, Edits, Emitted]:
+    ) -> tuple[State, Rows, Edits, jax.Array, Emitted]:
         """Draw a sequence's next token from hidden [1, D] and give it a row.
 
         Args:
-            state, rows, edits: donated.
+            state, rows, edits: donated, as are
+            tables: [B, columns] int32, the pages of every row.
             row: int32.
             seat: of `seat`; with edits also "bias", "prompt", "counts" [1, V] and "allowed" [1, W].
 
         Returns:
-            state, rows, edits, and what was emitted, [1, 1] each.
+            state, rows, edits, tables, and what was emitted, [1, 1] each.
         """
         model = nnx.merge(self.steps.graphdef, params)
         history = {name: seat[name] for name in ("prompt", "counts")} if sampler.edits else {}
@@ -111,7 +113,7 @@ class Programs:
             edits = jax.tree.map(put, edits, {"bias": seat["bias"], **one.history})
         state = jax.tree.map(put, state, replace(one, history={}))
         rows = {name: put(rows[name], jnp.asarray(seat[name])) for name in rows}
-        return state, rows, edits, jax.tree.map(lambda x: x[None], emitted)
+        return state, rows, edits, put(tables, seat["table"]), jax.tree.map(lambda x: x[None], emitted)
 
     def decode(
         self,
@@ -119,29 +121,38 @@ class Programs:
         cache: Cache,
         state: State,
         edits: Edits,
+        tables: jax.Array,
         rows: Rows,
-        table: jax.Array,
+        growth: jax.Array,
         active: jax.Array,
         count: jax.Array,
         known: jax.Array,
         *,
         sampler: Sampler,
-    ) -> tuple[Cache, State, Edits, Emitted]:
-        """Emit up to `count` tokens per active [B] row; cache, state and edits are donated. See `Steps.decode`."""
+    ) -> tuple[Cache, State, Edits, jax.Array, Emitted]:
+        """Emit up to `count` tokens per active [B] row; cache, state, edits and tables are donated and returned.
+
+        Args:
+            tables: [B, columns] int32, to which
+            growth: [B, n, 2] int32 adds columns and their pages; -1 adds nothing.
+            count, known: see `Steps.decode`.
+        """
+        tables = grown(tables, growth)
         before, rows = _with_edits(state, rows, edits)
         cache, after, out = self.steps.decode(
-            params, cache, before, rows, ~active, count, sampler, most=self.most, table=table, known=known
+            params, cache, before, rows, ~active, count, sampler, most=self.most, table=tables, known=known
         )
         state, edits = _without_edits(state, after, active, edits)
-        return cache, state, edits, out
+        return cache, state, edits, tables, out
 
     def forward(
-        self, params: Params, cache: Cache, state: State, table: jax.Array, active: jax.Array
-    ) -> tuple[Cache, jax.Array]:
-        """Run the last token of every active row; returns the cache (donated) and logits [B, V]."""
+        self, params: Params, cache: Cache, tables: jax.Array, state: State, growth: jax.Array, active: jax.Array
+    ) -> tuple[Cache, jax.Array, jax.Array]:
+        """Run the last token of every active row; returns cache and tables (donated), and logits [B, V]."""
         model = nnx.merge(self.steps.graphdef, params)
-        hidden, cache = advance(model, cache, replace(state, done=state.done | ~active), table)
-        return cache, model.logits(hidden)[:, 0]
+        tables = grown(tables, growth)
+        hidden, cache = advance(model, cache, replace(state, done=state.done | ~active), tables)
+        return cache, tables, model.logits(hidden)[:, 0]
 
     def draw(
         self,
@@ -173,6 +184,14 @@ class Programs:
     def scrub(self, cache: Cache, table: jax.Array) -> Cache:
         """Fill the pages of a row's table [columns] with zeros; the cache is donated."""
         return paged.scrubbed(cache, table)
+
+
+def grown(tables: jax.Array, growth: jax.Array) -> jax.Array:
+    """Write pages into their columns; a scatter would go through the rows one by one on a CPU."""
+    columns = jnp.arange(tables.shape[1])
+    for i in range(growth.shape[1]):
+        tables = jnp.where(columns == growth[:, i, :1], growth[:, i, 1:], tables)
+    return tables
 
 
 def _with_edits(state: State, rows: Rows, edits: Edits) -> tuple[State, Rows]:
@@ -216,6 +235,7 @@ def seat(
     known: int,
     sampler: Sampler,
     allowed: np.ndarray | None,
+    table: np.ndarray,
 ) -> Seat:
     """Lay out what a sequence brings to its row.
 
@@ -226,6 +246,7 @@ def seat(
         known: that token, or -1.
         sampler: the program it joins by.
         allowed: [W] uint32 for that token; None allows all.
+        table: [columns] int32, its pages.
     """
     V = steps.config.vocab_size
     params = request.params
@@ -246,6 +267,7 @@ def seat(
     out["position"] = np.array([target - 1], np.int32)
     out["index"] = np.array([index], np.int32)
     out["known"] = np.array([known], np.int32)
+    out["table"] = table[None]
     if sampler.edits:
         history = sampler.history([request.prompt], batch=1, vocab_size=V)
         np.add.at(history["counts"][0], np.asarray(output[:index], np.int64), 1)
@@ -256,7 +278,7 @@ def seat(
 
 def row_names(seat: Seat) -> list[str]:
     """Return which entries of a seat stay in the row."""
-    passing = {"stage", "position", "index", "known", "bias", "prompt", "counts", "allowed"}
+    passing = {"stage", "position", "index", "known", "bias", "prompt", "counts", "allowed", "table"}
     return sorted(set(seat) - passing)
 
 

@@ -75,7 +75,11 @@ class Stepper:
         self._give_up = give_up
         self._flights: deque[Flight] = deque()
         self._layout = Layout(
-            rows=options.rows, columns=device.columns, scratch=device.pages, decode_tokens=options.decode_tokens
+            rows=options.rows,
+            columns=device.columns,
+            scratch=device.pages,
+            growth=device.growth,
+            decode_tokens=options.decode_tokens,
         )
 
     @property
@@ -139,8 +143,6 @@ class Stepper:
             if job.admitted is None:
                 job.admitted = now
                 self.observer.prefix(queried=len(sequence.prompt), hits=sequence.cached)
-            assert sequence.row is not None
-            self._layout.empty(sequence.row)
         if plan.decode:
             self._dispatch_decode(flight)
         for chunk in plan.prefill:
@@ -151,8 +153,8 @@ class Stepper:
         sequence, device = chunk.sequence, self.device
         job, row, prompt = self.jobs[sequence.id], sequence.row, sequence.prompt
         assert row is not None
-        self._layout.fill(row, sequence.pages)
-        device.prefill(self._layout.table(row), job.ids(chunk.start, chunk.start + chunk.length), chunk.start)
+        table = self._layout.table(sequence.pages)
+        device.prefill(table, job.ids(chunk.start, chunk.start + chunk.length), chunk.start)
         if job.prompt_logprobs is not None and chunk.start < len(prompt) - 1:
             targets = np.asarray(prompt[chunk.start + 1 : chunk.start + chunk.length + 1], np.int32)
             flight.scores.append((job, chunk.start + 1, len(targets), device.score(targets)))
@@ -166,8 +168,9 @@ class Stepper:
         taken = seat(
             device.steps, job.request, sequence.output,
             target=chunk.start + chunk.length, index=chunk.first, known=known,
-            sampler=device.samplers[name], allowed=allowed,
+            sampler=device.samplers[name], allowed=allowed, table=table,
         )  # fmt: skip
+        self._layout.join(row, sequence.pages)
         flight.firsts.append((job, chunk, device.join(row, taken, name)))
         flight.stepwise |= sequence.stepwise and chunk.new > 0
 
@@ -181,7 +184,7 @@ class Stepper:
             sequence = entry.sequence
             job, row = self.jobs[sequence.id], sequence.row
             assert row is not None
-            layout.fill(row, sequence.pages)
+            layout.grow(row, sequence.pages)
             rows.append(row)
             names.add(job.program)
             if entry.known:
@@ -191,12 +194,12 @@ class Stepper:
                 flight.stepwise = True
                 if job.bound:
                     bound.append((job, row))
-        tables, active, known = layout.tables, layout.active(rows), layout.known(replays)
+        growth, active, known = layout.growth(), layout.active(rows), layout.known(replays)
         if not bound:
             name = max(names, key=DECODES.index)
-            flight.decoded = device.decode(tables, active, plan.decode_tokens, known, name)
+            flight.decoded = device.decode(growth, active, plan.decode_tokens, known, name)
             return
-        device.forward(tables, active)
+        device.forward(growth, active)
         allowed = np.full((len(active), -(-device.model.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         answers = np.zeros_like(active)
         for job, row in bound:  # while the device runs the network
@@ -258,7 +261,7 @@ class Stepper:
         """Clean the pages of a sequence whose numbers broke, before the scheduler gives them to somebody else."""
         failed.append(job.sequence.id)
         self.observer.corrupted()
-        self.device.scrub(self._layout.table_of(job.sequence.pages))
+        self.device.scrub(self._layout.table(job.sequence.pages))
 
     def _hand(self, job: Job, update: Update) -> None:
         try:
