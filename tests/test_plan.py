@@ -15,6 +15,7 @@ from qwen3_jax import sharding
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops import plain
 from qwen3_jax.ops.mesh import on_mesh
+from qwen3_jax.ops.moe import UNLIKELY
 from qwen3_jax.plan import chips, compile, cost, fleet, hlo, meshes, programs, result, show
 from qwen3_jax.sampling_params import SamplingParams
 from tests.tpu_programs import CASES, FOLDER, MIB
@@ -203,7 +204,7 @@ def test_loops_cost_their_trip_count(step, direction, trips):
         assert found.schedule_s == 200 * trips
 
 
-def test_a_loop_of_unknown_length_is_billed_once_and_named():
+def test_a_loop_of_unknown_length_is_billed_once_and_named_or_not_at_all_where_the_program_expects_none():
     body = """\
   %p = f32[25]{0} parameter(0)
   %start = s32[]{:S(6)} parameter(1)
@@ -213,6 +214,11 @@ def test_a_loop_of_unknown_length_is_billed_once_and_named():
     found = walk(program(body, others=LOOP.replace("STEP", "1").replace("DIRECTION", "LT")), UNIT)
     assert found.hbm_bytes == 200
     assert found.billed_once == ["w"]
+    unlikely = body.replace("body=%body", f'body=%body, metadata={{op_name="jit(f)/{UNLIKELY}/while"}}')
+    found = walk(program(unlikely, others=LOOP.replace("STEP", "1").replace("DIRECTION", "LT")), UNIT)
+    assert found.hbm_bytes == found.schedule_s == 0
+    assert not found.billed_once
+    assert found.not_billed == [f"jit(f)/{UNLIKELY}/while"]
 
 
 def test_a_conditional_costs_its_dearest_branch():

@@ -105,7 +105,8 @@ def grouped(
         out = _one_block(swiglu, most, C, jnp.zeros(x.shape, jnp.float32), jnp.int32(0), routing, arrays)
     else:
         rounds = lax.div(ends[-1] + (block - 1), jnp.int32(block))
-        out = sum_of_rounds(partial(_one_block, swiglu, block, C), rounds, routing, arrays, like=x)
+        wide = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        out = sum_of_rounds(partial(_one_block, swiglu, block, C), rounds, routing, arrays, like=wide)
     return out.astype(x.dtype)
 
 
@@ -166,17 +167,27 @@ Step = Callable[[jax.Array, jax.Array, Any, Any], jax.Array]
 """(total, k, routing, arrays) -> total + what round k adds; `routing` holds integers, `arrays` is differentiable."""
 
 
-def sum_of_rounds(step: Step, rounds: jax.Array, routing: Any, arrays: Any, *, like: jax.Array) -> jax.Array:
-    """Return the sum over `rounds` rounds, whose number only the device knows, in float32 and of the shape of `like`.
+def sum_of_rounds(
+    step: Step, rounds: jax.Array, routing: Any, arrays: Any, *, like: jax.Array | jax.ShapeDtypeStruct
+) -> jax.Array:
+    """Return the sum over `rounds` rounds, whose number only the device knows, of the shape and dtype of `like`.
 
-    The gradient is the same sum, each round recomputed, so that nothing grows with the number of rounds.
+    Buffers are cut so that a fair router needs one round. That one always runs, in front of the loop over the others:
+    nothing is scheduled across a loop's border, and what a loop carries lies in HBM. The gradient is the same sum, each
+    round recomputed, so that nothing grows with the number of rounds.
     """
-    return _sum_of_rounds(step, rounds, routing, arrays, jnp.zeros(like.shape, jnp.float32))
+    return _sum_of_rounds(step, rounds, routing, arrays, jnp.zeros(like.shape, like.dtype))
+
+
+UNLIKELY = "rounds_after_the_first"
+"""The name scope of a loop that is expected not to run; `plan` does not bill it."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_of_rounds(step: Step, rounds: jax.Array, routing: Any, arrays: Any, zeros: jax.Array) -> jax.Array:
-    return _repeat(lambda k, total: step(total, k, routing, arrays), rounds, zeros)
+    first = step(zeros, jnp.int32(0), routing, arrays)
+    with jax.named_scope(UNLIKELY):
+        return _repeat(lambda k, total: step(total, k, routing, arrays), 1, rounds, first)
 
 
 def _forward(step: Step, rounds: jax.Array, routing: Any, arrays: Any, zeros: jax.Array) -> tuple[jax.Array, Any]:
@@ -190,17 +201,17 @@ def _backward(step: Step, saved: Any, slope: jax.Array) -> tuple[None, None, Any
         pull = jax.vjp(lambda arrays: step(zeros, k, routing, arrays), arrays)[1]
         return jax.tree.map(jnp.add, total, pull(slope)[0])
 
-    return None, None, _repeat(more, rounds, jax.tree.map(jnp.zeros_like, arrays)), slope
+    return None, None, _repeat(more, 0, rounds, jax.tree.map(jnp.zeros_like, arrays)), slope
 
 
 _sum_of_rounds.defvjp(_forward, _backward)
 
 
-def _repeat(body: Callable[[jax.Array, Any], Any], rounds: jax.Array, start: Any) -> Any:
+def _repeat(body: Callable[[jax.Array, Any], Any], begin: int, end: jax.Array, total: Any) -> Any:
     def more(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         return carry[0] + 1, body(*carry)
 
-    return lax.while_loop(lambda carry: carry[0] < rounds, more, (jnp.int32(0), start))[1]
+    return lax.while_loop(lambda carry: carry[0] < end, more, (jnp.int32(begin), total))[1]
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -216,6 +216,7 @@ def _exchanged(
     if place.ways(collected) > 1:
         x, weights, experts = _gather(collected, x, weights, jnp.minimum(experts, place.ways(place.experts) * E))
     # From here on the collected axes are like the other ones: their devices hold the same rows.
+    own = jax.ShapeDtypeStruct((x.shape[0] // place.ways(collected), x.shape[1]), x.dtype)
     place = place._replace(rows=tuple(axis for axis in place.rows if axis not in collected))
     R, C = experts.shape
     group = place.ways(place.shared)
@@ -226,18 +227,16 @@ def _exchanged(
     if room is None:
         mean = R * needed(place, C)
         room = round_up(math.ceil(mean + 3 * math.sqrt(mean)), 8)
-    step = partial(_one_exchange, algorithm, moe, place, min(room, R))
-    routing = (jnp.argsort(~wanted, axis=1), peer, lax.rem(experts, jnp.int32(E)), sent, came)
+    step = partial(_one_exchange, algorithm, moe, place, collected, min(room, R))
+    at = jnp.where(wanted, jnp.cumsum(wanted, axis=1, dtype=jnp.int32) - 1, -1)
+    routing = (jnp.argsort(~wanted, axis=1), at, peer, lax.rem(experts, jnp.int32(E)), sent, came)
     arrays = (x, weights, *stacks)
     if room >= R:
-        out = step(jnp.zeros(x.shape, jnp.float32), jnp.int32(0), routing, arrays)
+        out = step(jnp.zeros(own.shape, own.dtype), jnp.int32(0), routing, arrays)
     else:
         # All devices must take part in every exchange, so all run as many as the fullest pair of devices needs.
         fullest = lax.pmax(jnp.max(sent), tuple(dict(place.sizes)))
-        out = sum_of_rounds(step, lax.div(fullest + (room - 1), jnp.int32(room)), routing, arrays, like=x)
-    out = out.astype(x.dtype)
-    if place.ways(collected) > 1:
-        out = lax.psum_scatter(out, collected, scatter_dimension=0, tiled=True)
+        out = sum_of_rounds(step, lax.div(fullest + (room - 1), jnp.int32(room)), routing, arrays, like=own)
     return lax.psum(out, others)
 
 
@@ -267,14 +266,21 @@ def _one_exchange(
     algorithm: str,
     moe: LocalMoe,
     place: Island,
+    collected: tuple[str, ...],
     room: int,
     total: jax.Array,
     k: jax.Array,
     routing: tuple[jax.Array, ...],
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """Return the total [R, D] of this device's rows, in float32, with what the k-th `room` rows for each peer add."""
-    order, peer, local, sent, came = routing
+    """Return the total of this device's own rows with what the k-th `room` rows for each peer add.
+
+    Args:
+        collected: the axes whose rows are in `arrays`, and over which what they get is summed and split again.
+        routing: order [group, R], for each peer first the rows that it is sent; at [group, R], where in that order a
+            row stands, or -1; peer and local [R, C], where an expert is, and its number there; sent and came [group].
+    """
+    order, at, peer, local, sent, came = routing
     x, weights, *stacks = arrays
     R, C = weights.shape
     E = stacks[0].shape[0]
@@ -293,8 +299,14 @@ def _one_exchange(
     theirs = swap(x[row.reshape(-1)], outgoing, incoming)
     likely = -(-group * R * C // place.ways(place.experts))
     done = swap(moe(theirs, their_weights, their_experts, *stacks, expected=likely), incoming, outgoing)
-    done = jnp.where(real.reshape(-1, 1), done.astype(jnp.float32), 0)
-    return total.at[row.reshape(-1)].add(done)
+    out = jnp.zeros(x.shape, jnp.float32)
+    for back, slots in zip(jnp.split(done, group), at - k * room, strict=True):
+        here = (slots >= 0) & (slots < room)
+        out += jnp.where(here[:, None], back[jnp.clip(slots, 0, room - 1)].astype(jnp.float32), 0)
+    out = out.astype(x.dtype)
+    if place.ways(collected) > 1:
+        out = lax.psum_scatter(out, collected, scatter_dimension=0, tiled=True)
+    return total + out
 
 
 def _swap(

@@ -12,8 +12,8 @@ The rules, each with a test:
                all-gather, reduce-scatter (n-1)/n; all-to-all travels n/4 hops; a group of two has one link, and so
                has a permute: two permutes in opposite directions run at once. GPUs send the same bytes through a
                switch, over all their links. No latency.
-    control    loop bodies times their trip count, once if that is known at run time only; conditionals at their dearest
-               branch.
+    control    loop bodies times their trip count, once if that is known at run time only, never if the program says by
+               the loop's name that it is not expected to run (`moe.UNLIKELY`); conditionals at their dearest branch.
     Pallas     kernels cost what their CostEstimate says. Splash attention has none and is counted, see `kernels`; any
                other without one is billed for its operands and results and listed in `unpriced`.
     schedule   instructions run in order. HBM, MXU and ICI are one pipe each; asynchronous copies and collectives
@@ -26,6 +26,7 @@ partly filled matrix unit: its times are lower bounds for the program at hand.
 import dataclasses
 from dataclasses import dataclass, field
 
+from qwen3_jax.ops.moe import UNLIKELY
 from qwen3_jax.plan.chips import Chip
 from qwen3_jax.plan.counting import trip_count
 from qwen3_jax.plan.hlo import Computation, Instruction, Module
@@ -62,6 +63,8 @@ class Cost:
     billed_once: list[str] = field(default_factory=list)
     """Loops whose length is known when they run: of decoding a round is a token; of the experts one is all that a fair
     router needs."""
+    not_billed: list[str] = field(default_factory=list)
+    """Loops that are not expected to run: rounds of the experts after the first, see `moe.sum_of_rounds`."""
     lines: list["Line"] = field(default_factory=list)
 
     @property
@@ -190,8 +193,9 @@ class _Walker:
         body = self._called(instruction, "body")
         trips = trip_count(self.module, computation, instruction)
         if trips is None:
-            self.cost.billed_once.append(instruction.op_name or instruction.name)
-            trips = 1
+            trips = 0 if UNLIKELY in instruction.op_name else 1
+            unknown = self.cost.billed_once if trips else self.cost.not_billed
+            unknown.append(instruction.op_name or instruction.name)
         inner = bind(body, instruction, origins)
         return Op(instruction, loop=(self.computation(body, inner, times=times * trips), trips))
 
@@ -223,6 +227,6 @@ def _sum(one: Cost, other: Cost) -> Cost:
         entry = one.collectives.setdefault(kind, Collectives())
         entry.count += counted.count
         entry.bytes += counted.bytes
-    for key in ("moves", "gathered", "unpriced", "billed_once", "lines"):
+    for key in ("moves", "gathered", "unpriced", "billed_once", "not_billed", "lines"):
         getattr(one, key).extend(getattr(other, key))
     return one

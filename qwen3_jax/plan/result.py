@@ -157,6 +157,7 @@ class Plan:
             "tokens_per_s_per_chip": step.tokens / cost.schedule_s / self.topology.devices,
             "unpriced": cost.unpriced,
             "billed_once": cost.billed_once,
+            "not_billed": cost.not_billed,
         } | (training if step.model_flops else {})
 
 

@@ -77,6 +77,10 @@ def notes(plan: Plan) -> list[str]:
             found.append("decode: one round of its loop, a token for every row")
         elif once:
             found.append(f"{phase}: {once} loops of the experts billed one round, as balanced routing takes")
+        if never := len(step.cost.not_billed):
+            found.append(
+                f"{phase}: {never} loops of further rounds of the experts not billed: balanced routing takes none"
+            )
     return found
 
 
