@@ -156,9 +156,9 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
 
             def share(first: jax.Array, rows: int) -> jax.Array:
                 part = lax.dynamic_slice_in_dim(q, first, rows, axis=1)
-                return product(ops.attend(part, k, v, None, context.scale, before + first, span=length), w)
+                return ops.attend(part, k, v, None, context.scale, before + first, span=length)
 
-            return ring.row(share, length, axis)
+            return ring.row(share, length, axis, lambda part: product(part, w))
 
         ins = (spec(queries, rules), spec(keys, rules), spec(keys, rules), PartitionSpec(None, axis))
         island = jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=stream, check_vma=False)

@@ -85,7 +85,12 @@ def column(pieces: Pieces, product: Product, axis: str) -> jax.Array:
     return out
 
 
-def row(share_of: Callable[[jax.Array, int], jax.Array], length: int, axis: str) -> jax.Array:
+def row(
+    share_of: Callable[[jax.Array, int], jax.Array],
+    length: int,
+    axis: str,
+    last: Callable[[jax.Array], jax.Array] = lambda share: share,
+) -> jax.Array:
     """Sum a layer's results over devices; returns the own part [B, t, ...] of the rows.
 
     Each device adds its share to a sum that comes round, and passes it on. One half of every part travels each way.
@@ -94,13 +99,15 @@ def row(share_of: Callable[[jax.Array, int], jax.Array], length: int, axis: str)
     Args:
         share_of: (first row, rows) -> [B, rows, ...], what this device's columns make of some of all rows.
         length: n·t, all rows.
+        last: the end of what makes a share. It is done once the sum has come: schedulers that think a short product
+            hides the sending start to send right in front of it, and behind the longer work.
     """
     n, me, half = lax.axis_size(axis), lax.axis_index(axis), length // lax.axis_size(axis) // 2
 
     def share(me: jax.Array, whose: int, first: int) -> jax.Array:
         return share_of(lax.rem(me + whose + 2 * n, n) * 2 * half + first, half)
 
-    ahead, behind = share(me, -1, 0), share(me, 1, half)
+    ahead, behind = last(share(me, -1, 0)), last(share(me, 1, half))
     for step in range(1, n):
         # The next shares are worked on from here until the sums have come, neither earlier nor, fused into the
         # addition, later: that is what hides the sending.
@@ -108,5 +115,5 @@ def row(share_of: Callable[[jax.Array, int], jax.Array], length: int, axis: str)
         arriving = _shift(ahead, axis, n, 1), _shift(behind, axis, n, -1)
         own = share(me, -1 - step, 0), share(me, 1 + step, half)
         *arrived, a, b = lax.optimization_barrier((*arriving, *own))
-        ahead, behind = arrived[0] + a, arrived[1] + b
+        ahead, behind = arrived[0] + last(a), arrived[1] + last(b)
     return jnp.concatenate([ahead, behind], axis=1)
