@@ -155,8 +155,18 @@ def test_one_row():
 @pytest.mark.parametrize("expected_routes", [None, 8])
 def test_tpu_kernel(expected_routes):
     """The Pallas kernel, interpreted, in tiles of 8 rows."""
-    kernel = functools.partial(moe_tpu.swiglu, 8, 4, True)
+    kernel = functools.partial(moe_tpu.swiglu, 8, (4, E), True, None)
     assert_equals_oracle(functools.partial(moe.grouped, swiglu=kernel, align=8, expected=expected_routes), 13)
+
+
+def test_tpu_kernel_runs_some_experts_only():
+    sizes = jnp.array([16, 0, 8, 24], jnp.int32)
+    rows = jax.random.normal(jax.random.key(0), (56, D))
+    _, _, *stacks = (a[:4] for a in arrays(8))
+    all_rows = moe.ragged_swiglu(rows, sizes, *stacks)
+    for only, begin, end in (((0, 2), 0, 16), ((1, 3), 16, 24), ((2, 4), 16, 48), ((1, 2), 16, 16)):
+        got = moe_tpu.swiglu(8, (2, 2), True, only, rows, sizes, *stacks)
+        chex.assert_trees_all_close(got[begin:end], all_rows[begin:end], rtol=1e-5, atol=1e-5)
 
 
 def test_gpu_kernel():
@@ -173,7 +183,7 @@ def test_tpu_kernel_splits_a_wide_expert(monkeypatch):
     rows = jax.random.normal(key, (24, D))
     stacks = [0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(wide)]
     sizes = jnp.array([16, 8], jnp.int32)
-    got = moe_tpu.swiglu(8, 3, True, rows, sizes, *stacks)
+    got = moe_tpu.swiglu(8, (3, 2), True, None, rows, sizes, *stacks)
     chex.assert_trees_all_close(got, moe.ragged_swiglu(rows, sizes, *stacks), rtol=1e-5, atol=1e-5)
 
 
@@ -275,6 +285,31 @@ def test_mesh_splits_the_rows_by_all_axes(monkeypatch):
         assert_equals_oracle(island, 104, ("random", "one shard"))
 
 
+@pytest.mark.parametrize(
+    ("expert", "model", "over", "R"),
+    [
+        (4, 2, "expert", 112),
+        (2, 4, "expert", 112),
+        pytest.param(2, 4, "model", 112, marks=pytest.mark.slow),
+        pytest.param(4, 2, "expert", 104, marks=pytest.mark.slow),  # a device's own rows are odd
+    ],
+)
+def test_ring(expert, model, over, R, monkeypatch):
+    """The same in two halves, the second under way beside the first one's kernels: results, and gradients."""
+    monkeypatch.setattr(moe_parallel, "exchange_axes", lambda *_: (over,))
+    rows = ("data", "fsdp", "expert", "model")
+    mesh = make_mesh(expert=expert, model=model)
+    place = moe_parallel.island(mesh.shape, {**RULES["serve"], "batch": rows})
+    island = jax.shard_map(
+        functools.partial(moe_parallel.run, "ring", moe.grouped, place, "tpu"),
+        mesh=mesh,
+        in_specs=(*[PartitionSpec(rows)] * 3, *[PartitionSpec(place.experts)] * 3),
+        out_specs=PartitionSpec(rows),
+        check_vma=False,
+    )
+    assert_equals_oracle(island, R)
+
+
 def test_experts_apart_from_rows():
     """No axis splits both rows and experts, so everybody has the rows already."""
     rules = {**RULES["serve"], "batch": ("data",)}
@@ -307,7 +342,7 @@ def test_exchange_axes():
     place = moe_parallel.island({"data": 1, "fsdp": 1, "expert": 4, "model": 4}, rules)
     assert len(moe_parallel.exchange_axes(place, 8, "tpu")) == 1
     assert moe_parallel.exchange_axes(place, 8, "gpu") == ("expert", "model")
-    assert moe_parallel.choose(place, rows=256, choices=8, platform="tpu") == "all_to_all"
+    assert moe_parallel.choose(place, rows=256, choices=8, platform="tpu") == "ring"
 
 
 def test_unknown_algorithm():
@@ -365,7 +400,8 @@ def test_tpu_decodes_with_one_reduction(v5e):
 
 @pytest.mark.tpu
 @pytest.mark.parametrize(
-    ("algorithm", "collective"), [(None, "all-to-all"), ("ragged_all_to_all", "ragged-all-to-all")]
+    ("algorithm", "collective"),
+    [(None, "all-to-all"), ("ragged_all_to_all", "ragged-all-to-all")],
 )
 def test_tpu_exchanges(v5e, algorithm, collective):
     text = compile_on_mesh(v5e, 4096, algorithm)

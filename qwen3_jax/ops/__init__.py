@@ -51,7 +51,7 @@ class Ops(NamedTuple):
     """(x [R,D], weights [R,C], experts [R,C] int32, gate_proj [E,F,D], up_proj [E,F,D], down_proj [E,D,F], *,
     expected=None) -> [R,D]: the weighted sum of the chosen experts' SwiGLU outputs. Dropless, whatever the routing. An
     expert id of E or more means none: it adds nothing. `expected` is how many of the R*C routes probably name an
-    expert; it may size buffers and changes no result."""
+    expert; it may size buffers and changes no result. On TPU also turn=None, see `moe.grouped`."""
 
     cache_axes: dict[str, str]
     """The logical axis names of each array of a layer's cache, for its sharding."""

@@ -12,15 +12,35 @@ Axis letters: R rows, C choices per row, E experts here, D hidden, F expert widt
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Swiglu = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Swiglu = Callable[..., jax.Array]
 """(rows [M,D], sizes [E] int32, gate_proj [E,F,D], up_proj [E,F,D], down_proj [E,D,F]) -> [M,D] in the rows' dtype:
-expert e's SwiGLU on the e-th group of consecutive rows. Rows beyond the last group come back undefined."""
+expert e's SwiGLU on the e-th group of consecutive rows. Rows beyond the last group come back undefined. Only where
+turns are taken it is also called with only=(begin, end): other experts' rows may come back undefined too."""
+
+
+class Turn(NamedTuple):
+    """Of all experts, which it is the turn of, and a transfer that goes on while they are multiplied."""
+
+    first: int
+    count: int
+    """Experts first .. first + count - 1; a route that names another adds nothing."""
+    beside: "Transfer"
+
+
+class Transfer(Protocol):
+    """Rows on their way to other devices, see `ring.Exchange`."""
+
+    arrays: list[jax.Array]
+    hops: int
+
+    def hop(self) -> None: ...
+    def arrive(self) -> None: ...
 
 
 def dense(
@@ -76,6 +96,7 @@ def grouped(
     down_proj: jax.Array,
     *,
     expected: int | None = None,
+    turn: Turn | None = None,
     swiglu: Swiglu | None = None,
     align: int = 1,
 ) -> jax.Array:
@@ -84,29 +105,35 @@ def grouped(
     Args:
         expected: how many of the R*C routes probably name an expert that is here; sizes the buffers. Where more do, the
             same code runs again on the rest, as often as it takes; None takes room for all.
+        turn: run these experts only, in as many kernels as the transfer beside has hops: each hop starts before one
+            and is waited for when that ends. Not differentiable.
         swiglu: multiplies the groups, `ragged_swiglu` by default.
         align: every group starts at a multiple of this, which `swiglu` may rely on; what pads a group is ignored.
     """
     R, C = experts.shape
     E = gate_proj.shape[0]
     swiglu = ragged_swiglu if swiglu is None else swiglu
-    flat = jnp.minimum(experts, E).reshape(-1)
-    order = jnp.argsort(flat)
+    first, count = (0, E) if turn is None else turn[:2]
+    flat = jnp.where((experts >= first) & (experts < first + count), experts, E).reshape(-1)
+    order = jnp.argsort(flat, stable=False)
     sizes = jnp.sum(flat[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-    first = jnp.cumsum(sizes) - sizes
+    before = jnp.cumsum(sizes) - sizes
     ends = jnp.cumsum(lax.div(sizes + (align - 1), jnp.int32(align)) * align)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
     # An aligned slot holds route order[slot - shift] of its expert, if that is one of the expert's.
-    routing = (order, starts, ends, starts - first, starts + sizes)
+    routing = (order, starts, ends, starts - before, starts + sizes)
     arrays = (x, weights, gate_proj, up_proj, down_proj)
-    most = round_up(R * C + min(E, R * C) * (align - 1), align)
-    block = most if expected is None else round_up(expected * 5 // 4 + E * align // 2, align)
+    most = round_up(R * C + min(count, R * C) * (align - 1), align)
+    block = most if expected is None else round_up(expected * 5 // 4 + count * align // 2, align)
+    wide = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    rounds = lax.div(ends[-1] + (block - 1), jnp.int32(block))
     if 2 * block > most:
-        out = _one_block(swiglu, most, C, jnp.zeros(x.shape, jnp.float32), jnp.int32(0), routing, arrays)
+        out = _one_block(swiglu, most, C, turn, jnp.zeros(x.shape, jnp.float32), 0, routing, arrays)
+    elif turn is None:
+        out = sum_of_rounds(partial(_one_block, swiglu, block, C, None), rounds, routing, arrays, like=wide)
     else:
-        rounds = lax.div(ends[-1] + (block - 1), jnp.int32(block))
-        wide = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-        out = sum_of_rounds(partial(_one_block, swiglu, block, C), rounds, routing, arrays, like=wide)
+        out = _one_block(swiglu, block, C, turn, jnp.zeros(x.shape, jnp.float32), 0, routing, arrays)
+        out = rounds_after(1, partial(_one_block, swiglu, block, C, None), rounds, routing, arrays, out)
     return out.astype(x.dtype)
 
 
@@ -114,8 +141,9 @@ def _one_block(
     swiglu: Swiglu,
     block: int,
     C: int,
+    turn: Turn | None,
     total: jax.Array,
-    k: jax.Array,
+    k: jax.Array | int,
     routing: tuple[jax.Array, ...],
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
@@ -128,11 +156,29 @@ def _one_block(
     route = order[jnp.clip(slot - shift[expert], 0, order.shape[0] - 1)]
     token = lax.div(route, jnp.int32(C))
     here = jnp.clip(ends - k * block, 0, block) - jnp.clip(starts - k * block, 0, block)
-    each = swiglu(_only_real(x[token], real), here, gate_proj, up_proj, down_proj)
+    rows = _only_real(x[token], real)
+    if turn is None:
+        each = swiglu(rows, here, gate_proj, up_proj, down_proj)
+    else:
+        each = _beside(partial(swiglu, rows, here, gate_proj, up_proj, down_proj), turn, expert)
     # Undefined rows and padding must not reach the sum, not even as NaN times zero.
     each = jnp.where(real[:, None], each.astype(jnp.float32), 0)
     each = each * weights.reshape(-1)[route, None].astype(jnp.float32)
     return total.at[token].add(each)
+
+
+def _beside(swiglu: Swiglu, turn: Turn, expert: jax.Array) -> jax.Array:
+    """Run a kernel for some experts beside each hop of a transfer; `expert` says whose a row is."""
+    each = None
+    for i in range(turn.beside.hops):
+        begin, end = (turn.first + j * turn.count // turn.beside.hops for j in (i, i + 1))
+        turn.beside.hop()
+        part = swiglu(only=(begin, end))
+        part, turn.beside.arrays = lax.optimization_barrier((part, turn.beside.arrays))
+        turn.beside.arrive()
+        each = part if each is None else jnp.where((expert >= begin)[:, None], part, each)
+    assert each is not None
+    return each
 
 
 @jax.custom_vjp
@@ -148,9 +194,15 @@ _only_real.defvjp(
 
 
 def ragged_swiglu(
-    rows: jax.Array, sizes: jax.Array, gate_proj: jax.Array, up_proj: jax.Array, down_proj: jax.Array
+    rows: jax.Array,
+    sizes: jax.Array,
+    gate_proj: jax.Array,
+    up_proj: jax.Array,
+    down_proj: jax.Array,
+    only: tuple[int, int] | None = None,
 ) -> jax.Array:
     """Multiply the groups with `lax.ragged_dot_general`, which runs and differentiates everywhere; see `Swiglu`."""
+    del only
     gate, up = _ragged_linear(rows, gate_proj, sizes), _ragged_linear(rows, up_proj, sizes)
     return _ragged_linear(jax.nn.silu(gate) * up, down_proj, sizes)
 
@@ -163,8 +215,9 @@ def _ragged_linear(rows: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array
     return out.astype(rows.dtype)
 
 
-Step = Callable[[jax.Array, jax.Array, Any, Any], jax.Array]
-"""(total, k, routing, arrays) -> total + what round k adds; `routing` holds integers, `arrays` is differentiable."""
+Step = Callable[[jax.Array, jax.Array | int, Any, Any], jax.Array]
+"""(total, k, routing, arrays) -> total + what round k adds; `routing` holds integers, `arrays` is differentiable. Where
+k is a Python 0 it is the round that always runs."""
 
 
 def sum_of_rounds(
@@ -176,35 +229,40 @@ def sum_of_rounds(
     nothing is scheduled across a loop's border, and what a loop carries lies in HBM. The gradient is the same sum, each
     round recomputed, so that nothing grows with the number of rounds.
     """
-    return _sum_of_rounds(step, rounds, routing, arrays, jnp.zeros(like.shape, like.dtype))
+    return rounds_after(0, step, rounds, routing, arrays, jnp.zeros(like.shape, like.dtype))
 
 
 UNLIKELY = "rounds_after_the_first"
 """The name scope of a loop that is expected not to run; `plan` does not bill it."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_of_rounds(step: Step, rounds: jax.Array, routing: Any, arrays: Any, zeros: jax.Array) -> jax.Array:
-    first = step(zeros, jnp.int32(0), routing, arrays)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def rounds_after(begin: int, step: Step, rounds: jax.Array, routing: Any, arrays: Any, total: jax.Array) -> jax.Array:
+    """Return a total to which rounds from `begin` on, 0 or 1, are added; see `sum_of_rounds`."""
+    if begin == 0:
+        total = step(total, 0, routing, arrays)
     with jax.named_scope(UNLIKELY):
-        return _repeat(lambda k, total: step(total, k, routing, arrays), 1, rounds, first)
+        return _repeat(lambda k, total: step(total, k, routing, arrays), 1, rounds, total)
 
 
-def _forward(step: Step, rounds: jax.Array, routing: Any, arrays: Any, zeros: jax.Array) -> tuple[jax.Array, Any]:
-    return _sum_of_rounds(step, rounds, routing, arrays, zeros), (rounds, routing, arrays, zeros)
+def _forward(
+    begin: int, step: Step, rounds: jax.Array, routing: Any, arrays: Any, total: jax.Array
+) -> tuple[jax.Array, Any]:
+    return rounds_after(begin, step, rounds, routing, arrays, total), (rounds, routing, arrays)
 
 
-def _backward(step: Step, saved: Any, slope: jax.Array) -> tuple[None, None, Any, jax.Array]:
-    rounds, routing, arrays, zeros = saved
+def _backward(begin: int, step: Step, saved: Any, slope: jax.Array) -> tuple[None, None, Any, jax.Array]:
+    rounds, routing, arrays = saved
+    zeros = jnp.zeros_like(slope)
 
     def more(k: jax.Array, total: Any) -> Any:
         pull = jax.vjp(lambda arrays: step(zeros, k, routing, arrays), arrays)[1]
         return jax.tree.map(jnp.add, total, pull(slope)[0])
 
-    return None, None, _repeat(more, 0, rounds, jax.tree.map(jnp.zeros_like, arrays)), slope
+    return None, None, _repeat(more, begin, rounds, jax.tree.map(jnp.zeros_like, arrays)), slope
 
 
-_sum_of_rounds.defvjp(_forward, _backward)
+rounds_after.defvjp(_forward, _backward)
 
 
 def _repeat(body: Callable[[jax.Array, Any], Any], begin: int, end: jax.Array, total: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Mesh axes play three roles in a layer. *Shared* axes split both the rows and the experts; *other* axes split the experts
 only, so that their devices hold the same rows; the remaining axes split rows only and take no part. One signature,
-four algorithms, every one dropless for every routing:
+five algorithms, every one dropless for every routing:
 
     replicated         collect the shared axes' rows, run the local experts on all of them, sum over shared and other
                        axes in one reduction, keep the own rows
@@ -12,6 +12,9 @@ four algorithms, every one dropless for every routing:
                        shared axes some may be collected first, and the rows exchanged over the rest
     ragged_all_to_all  the same, sending only what a block holds; TPU and GPU only, XLA's CPU backend has no such
                        collective
+    ring               all_to_all from neighbour to neighbour, half of the rows while the other half is multiplied: for
+                       TPUs, where an all-to-all stands still. Where one shared axis is collected and one exchanged
+                       over, otherwise it is all_to_all; see `moe_ring`
 
 `choose` says which one runs. Axis letters: R rows of this device, C choices per row, E experts here, D hidden.
 """
@@ -26,9 +29,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen3_jax.ops import moe_ring
 from qwen3_jax.ops.moe import round_up, sum_of_rounds
+from qwen3_jax.ops.routes import pack, unpack
 
-ALGORITHMS = ("replicated", "gather", "all_to_all", "ragged_all_to_all")
+ALGORITHMS = ("replicated", "gather", "all_to_all", "ragged_all_to_all", "ring")
 FEW_ROWS = 128
 
 LocalMoe = Callable[..., jax.Array]
@@ -70,7 +75,7 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
       - A group of one, or one that holds at most 128 rows together (decoding): "replicated". Everything is in reach or
         small, and a single reduction costs one latency.
       - Otherwise what keeps the links busy for the shorter time, by `transfers`: "gather" or "all_to_all", the latter
-        on GPU as "ragged_all_to_all".
+        on GPU as "ragged_all_to_all", on TPU as "ring" if it is over one axis and collects one more.
 
     Args:
         place: the mesh.
@@ -83,7 +88,14 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
         return "replicated"
     if transfers(place, choices, platform) >= group - 1:
         return "gather"
+    if platform == "tpu":
+        return "ring" if _has_ring(place, exchange_axes(place, choices, platform)) else "all_to_all"
     return "ragged_all_to_all" if platform in ("gpu", "cuda") else "all_to_all"
+
+
+def _has_ring(place: Island, over: tuple[str, ...]) -> bool:
+    """Say whether the exchange is over one axis, and the rows of one more are collected."""
+    return len(over) == 1 < place.ways(over) and sum(place.ways((axis,)) > 1 for axis in place.shared) == 2
 
 
 def exchange_axes(place: Island, choices: int, platform: str) -> tuple[str, ...]:
@@ -151,6 +163,8 @@ def run(
     if algorithm in ("replicated", "gather"):
         return _collected(algorithm, moe, place, x, weights, experts, *stacks)
     over = exchange_axes(place, experts.shape[1], platform)
+    if algorithm == "ring" and not _has_ring(place, over):
+        algorithm = "all_to_all"
     return _exchanged(algorithm, moe, place, over, room, x, weights, experts, *stacks)
 
 
@@ -183,20 +197,9 @@ def _gather(
     axes: tuple[str, ...], x: jax.Array, weights: jax.Array, experts: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Collect all rows and their routes in one transfer."""
-    packed = jnp.concatenate([x, _pack(weights, experts, x.dtype)], axis=1)
+    packed = jnp.concatenate([x, pack(weights, experts, x.dtype)], axis=1)
     packed = lax.all_gather(packed, axes, axis=0, tiled=True)
-    return packed[:, : x.shape[1]], *_unpack(packed[:, x.shape[1] :])
-
-
-def _pack(weights: jax.Array, experts: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Lay routes out as [R, 3C] of one dtype: the weights, and the ids as two digits that bfloat16 holds exactly."""
-    digits = lax.div(experts, jnp.int32(256)), lax.rem(experts, jnp.int32(256))
-    return jnp.concatenate([a.astype(dtype) for a in (weights, *digits)], axis=1)
-
-
-def _unpack(routes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    weights, high, low = jnp.split(routes, 3, axis=1)
-    return weights, high.astype(jnp.int32) * 256 + low.astype(jnp.int32)
+    return packed[:, : x.shape[1]], *unpack(packed[:, x.shape[1] :])
 
 
 def _exchanged(
@@ -217,32 +220,45 @@ def _exchanged(
         x, weights, experts = _gather(collected, x, weights, jnp.minimum(experts, place.ways(place.experts) * E))
     # From here on the collected axes are like the other ones: their devices hold the same rows.
     own = jax.ShapeDtypeStruct((x.shape[0] // place.ways(collected), x.shape[1]), x.dtype)
+    # From here on the collected axes are like the other ones: their devices hold the same rows.
     place = place._replace(rows=tuple(axis for axis in place.rows if axis not in collected))
     R, C = experts.shape
+    targets, local = _peer(place, experts, E), lax.rem(experts, jnp.int32(E))
+    parts = 1
+    if algorithm == "ring":
+        targets, parts = moe_ring.target(targets, local, E, over[0]), moe_ring.HALVES
     group = place.ways(place.shared)
-    peer = _peer(place, experts, E)
-    wanted = jnp.any(peer == jnp.arange(group)[:, None, None], axis=2)
+    wanted = jnp.any(targets == jnp.arange(group * parts)[:, None, None], axis=2)
     sent = jnp.sum(wanted, axis=1, dtype=jnp.int32)
-    came = lax.all_to_all(sent, place.shared, split_axis=0, concat_axis=0, tiled=True)
     if room is None:
-        mean = R * needed(place, C)
-        room = round_up(math.ceil(mean + 3 * math.sqrt(mean)), 8)
-    step = partial(_one_exchange, algorithm, moe, place, collected, min(room, R))
+        mean = R * needed(place, C, parts)
+        room = round_up(math.ceil(mean + 3 * math.sqrt(mean)), 8 * parts)
+    likely = -(-group * R * C // place.ways(place.experts))
+    if algorithm == "ring":
+        (along,) = (axis for axis in collected if place.ways((axis,)) > 1)
+        step = partial(moe_ring.one_exchange, moe, over[0], along, min(room, R), likely)
+    else:
+        step = partial(_one_exchange, algorithm, moe, place, collected, min(room, R), likely)
     at = jnp.where(wanted, jnp.cumsum(wanted, axis=1, dtype=jnp.int32) - 1, -1)
-    routing = (jnp.argsort(~wanted, axis=1), at, peer, lax.rem(experts, jnp.int32(E)), sent, came)
+    routing = (jnp.argsort(~wanted, axis=1), at, targets, local, sent)
     arrays = (x, weights, *stacks)
     if room >= R:
         out = step(jnp.zeros(own.shape, own.dtype), jnp.int32(0), routing, arrays)
     else:
-        # All devices must take part in every exchange, so all run as many as the fullest pair of devices needs.
+        # All devices must take part in every exchange, so all run as many as the fullest pair of devices needs. They
+        # agree on that before they begin: while rows travel, a small reduction would wait for all of them.
         fullest = lax.pmax(jnp.max(sent), tuple(dict(place.sizes)))
+        fullest, routing = lax.optimization_barrier((fullest, routing))
         out = sum_of_rounds(step, lax.div(fullest + (room - 1), jnp.int32(room)), routing, arrays, like=own)
     return lax.psum(out, others)
 
 
-def needed(place: Island, choices: int) -> float:
-    """Return the fraction of all rows that one device's experts are expected to see, if every expert is as likely."""
-    return 1 - (1 - 1 / place.ways(place.experts)) ** choices
+def needed(place: Island, choices: int, parts: int = 1) -> float:
+    """Return the fraction of all rows that one of equal parts of a device's experts is expected to see.
+
+    That is if every expert is as likely.
+    """
+    return 1 - (1 - 1 / (place.ways(place.experts) * parts)) ** choices
 
 
 def _peer(place: Island, experts: jax.Array, E: int) -> jax.Array:
@@ -268,8 +284,9 @@ def _one_exchange(
     place: Island,
     collected: tuple[str, ...],
     room: int,
+    likely: int,
     total: jax.Array,
-    k: jax.Array,
+    k: jax.Array | int,
     routing: tuple[jax.Array, ...],
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
@@ -278,26 +295,26 @@ def _one_exchange(
     Args:
         collected: the axes whose rows are in `arrays`, and over which what they get is summed and split again.
         routing: order [group, R], for each peer first the rows that it is sent; at [group, R], where in that order a
-            row stands, or -1; peer and local [R, C], where an expert is, and its number there; sent and came [group].
+            row stands, or -1; peer and local [R, C], where an expert is, and its number there; sent [group].
     """
-    order, at, peer, local, sent, came = routing
+    order, at, peer, local, sent = routing
     x, weights, *stacks = arrays
     R, C = weights.shape
     E = stacks[0].shape[0]
     group = sent.shape[0]
-    outgoing, incoming = (jnp.clip(n - k * room, 0, room) for n in (sent, came))
+    outgoing = jnp.clip(sent - k * room, 0, room)
+    incoming = lax.all_to_all(outgoing, place.shared, split_axis=0, concat_axis=0, tiled=True)
     slot = k * room + jnp.arange(room, dtype=jnp.int32)
     row = order[:, jnp.minimum(slot, R - 1)]
     real = slot < sent[:, None]
     there = (peer[row] == jnp.arange(group)[:, None, None]) & real[:, :, None]
-    routes = _pack(weights[row].reshape(-1, C), jnp.where(there, local[row], E).reshape(-1, C), x.dtype)
+    routes = pack(weights[row].reshape(-1, C), jnp.where(there, local[row], E).reshape(-1, C), x.dtype)
     # A row's routes lie along the lanes: as [.., 3C] they would be padded to 128.
     routes = routes.reshape(group, room, 3 * C).swapaxes(1, 2)
     routes = lax.all_to_all(routes, place.shared, split_axis=0, concat_axis=0, tiled=True)
-    their_weights, their_experts = _unpack(routes.swapaxes(1, 2).reshape(group * room, 3 * C))
+    their_weights, their_experts = unpack(routes.swapaxes(1, 2).reshape(group * room, 3 * C))
     swap = partial(_swap, algorithm, place.shared, room)
     theirs = swap(x[row.reshape(-1)], outgoing, incoming)
-    likely = -(-group * R * C // place.ways(place.experts))
     done = swap(moe(theirs, their_weights, their_experts, *stacks, expected=likely), incoming, outgoing)
     out = jnp.zeros(x.shape, jnp.float32)
     for back, slots in zip(jnp.split(done, group), at - k * room, strict=True):

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen3_jax.ops.moe import every, grouped, ragged_swiglu, round_up
+from qwen3_jax.ops.moe import Turn, every, grouped, ragged_swiglu, round_up
 
 FEW_ROWS = 128  # the matrix unit takes as long for fewer
 WEIGHTS_VMEM_BYTES = 20 * 2**20  # of one expert, double buffered
@@ -29,24 +29,38 @@ def moe(
     down_proj: jax.Array,
     *,
     expected: int | None = None,
+    turn: Turn | None = None,
 ) -> jax.Array:
-    """Run the experts; see `Ops.moe`. Few rows that choose most experts run `every`, others `grouped`."""
+    """Run the experts; see `Ops.moe`. Few rows that choose most experts run `every`, others `grouped`.
+
+    With a turn only its experts run; see `grouped`.
+    """
     R, C = experts.shape
     E = gate_proj.shape[0]
     routes = R * C if expected is None else expected
-    if R <= FEW_ROWS and routes >= 2 * E:
+    if turn is None and R <= FEW_ROWS and routes >= 2 * E:
         return every(x, weights, experts, gate_proj, up_proj, down_proj)
-    align = min(round_up(R, 16), 128 if routes < 512 * E else 256)
-    tiles = -(-routes // align) + E // 2
-    kernel = partial(swiglu, align, tiles, False)
-    return grouped(x, weights, experts, gate_proj, up_proj, down_proj, expected=expected, swiglu=kernel, align=align)
+    busy = E if turn is None else turn.count
+    align = min(round_up(R, 16), 128 if routes < 512 * busy else 256)
+    kernel = partial(_swiglu, align, -(-routes // align) + busy // 2, busy)
+    stacks = gate_proj, up_proj, down_proj
+    return grouped(x, weights, experts, *stacks, expected=expected, turn=turn, swiglu=kernel, align=align)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _swiglu(tile: int, tiles: int, busy: int, *arrays: jax.Array, only: tuple[int, int] | None = None) -> jax.Array:
+    """Run the kernel; `tiles` are expected to hold rows of `busy` experts, or that much of each expert in `only`."""
+    if only is None:
+        return swiglu(tile, (tiles, busy), False, None, *arrays)
+    count = only[1] - only[0]
+    return swiglu(tile, (-(-tiles * count // busy), count), False, only, *arrays)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def swiglu(
     tile: int,
-    tiles: int,
+    likely: tuple[int, int],
     interpret: bool,
+    only: tuple[int, int] | None,
     rows: jax.Array,
     sizes: jax.Array,
     gate_proj: jax.Array,
@@ -57,17 +71,21 @@ def swiglu(
 
     Args:
         tile: rows per step; M and all sizes are multiples of it.
-        tiles: how many are expected to hold rows, for the kernel's cost estimate.
+        likely: how many tiles and experts are expected to hold rows, for the kernel's cost estimate.
         interpret: run on the CPU, for tests.
+        only: begin and end of the experts that run; None runs all.
     """
     M, D = rows.shape
     E, F, _ = gate_proj.shape
+    tiles, busy = likely
     width = _width(F, 6 * D * gate_proj.dtype.itemsize)
-    owner = jnp.sum(jnp.arange(M // tile, dtype=jnp.int32)[:, None] >= jnp.cumsum(sizes) // tile, axis=1)
-    steps = jnp.sum(sizes) // tile
+    ends = jnp.cumsum(sizes) // tile
+    owner = jnp.sum(jnp.arange(M // tile, dtype=jnp.int32)[:, None] >= ends, axis=1)
+    begin, end = (0, E) if only is None else only
+    skipped = ends[begin - 1] if begin else jnp.int32(0)
     itemsize = rows.dtype.itemsize
     done = min(M // tile, tiles) * tile
-    reads = min(E, tiles) if width == F else min(M // tile, tiles)
+    reads = min(busy, tiles) if width == F else min(M // tile, tiles)
     weights_bytes, row_bytes = 6 * width * D * gate_proj.dtype.itemsize, tile * D * (4 * itemsize + 2 * 4)
     vmem_bytes = weights_bytes + row_bytes + 4 * tile * width * 4 + 4 * 2**20
     if not interpret:
@@ -76,14 +94,15 @@ def swiglu(
         gate_proj, up_proj, down_proj = (
             pltpu.with_memory_space_constraint(w, pltpu.HBM) for w in (gate_proj, up_proj, down_proj)
         )
-    up_spec = pl.BlockSpec((1, width, D), lambda i, f, owner: (owner[i], f, 0))
-    row_spec = pl.BlockSpec((tile, D), lambda i, f, owner: (i, 0))
+    up_spec = pl.BlockSpec((1, width, D), lambda i, f, owner, skipped: (owner[skipped[0] + i], f, 0))
+    down_spec = pl.BlockSpec((1, D, width), lambda i, f, owner, skipped: (owner[skipped[0] + i], 0, f))
+    row_spec = pl.BlockSpec((tile, D), lambda i, f, owner, skipped: (skipped[0] + i, 0))
     return pl.pallas_call(
         partial(_kernel, F // width),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(steps, F // width),
-            in_specs=[row_spec, up_spec, up_spec, pl.BlockSpec((1, D, width), lambda i, f, owner: (owner[i], 0, f))],
+            num_scalar_prefetch=2,
+            grid=(ends[end - 1] - skipped, F // width),
+            in_specs=[row_spec, up_spec, up_spec, down_spec],
             out_specs=row_spec,
             scratch_shapes=[pltpu.VMEM((tile, D), jnp.float32)],
         ),
@@ -98,13 +117,13 @@ def swiglu(
         ),
         interpret=interpret,
         name="grouped_swiglu",
-    )(jnp.minimum(owner, E - 1).astype(jnp.int32), rows, gate_proj, up_proj, down_proj)
+    )(jnp.minimum(owner, E - 1).astype(jnp.int32), jnp.atleast_1d(skipped), rows, gate_proj, up_proj, down_proj)
 
 
 def _kernel(
-    widths: int, owner: Any, rows: Any, gate_proj: Any, up_proj: Any, down_proj: Any, out: Any, total: Any
+    widths: int, owner: Any, skipped: Any, rows: Any, gate_proj: Any, up_proj: Any, down_proj: Any, out: Any, total: Any
 ) -> None:
-    del owner
+    del owner, skipped
     f = pl.program_id(1)
     x = rows[...]
     hidden = jax.nn.silu(_times(x, gate_proj[0])) * _times(x, up_proj[0])
@@ -137,11 +156,11 @@ def _width(F: int, bytes_per_column: int) -> int:
     return max(fits, default=F)
 
 
-def _forward(tile: int, tiles: int, interpret: bool, *arrays: jax.Array) -> tuple[jax.Array, Any]:
-    return swiglu(tile, tiles, interpret, *arrays), arrays
+def _forward(tile: int, likely: Any, interpret: bool, only: Any, *arrays: jax.Array) -> tuple[jax.Array, Any]:
+    return swiglu(tile, likely, interpret, only, *arrays), arrays
 
 
-def _backward(tile: int, tiles: int, interpret: bool, saved: Any, slope: jax.Array) -> tuple[Any, ...]:
+def _backward(tile: int, likely: Any, interpret: bool, only: Any, saved: Any, slope: jax.Array) -> tuple[Any, ...]:
     rows, sizes, *stacks = saved
     d_rows, *d_stacks = jax.vjp(lambda rows, *stacks: ragged_swiglu(rows, sizes, *stacks), rows, *stacks)[1](slope)
     return d_rows, None, *d_stacks

@@ -5,12 +5,13 @@ column-parallel layer (q, k, v, gate, up) needs every device's part of the strea
 a sum over devices of which each keeps its part. Done as collectives these stand still in front of and behind the
 products. Here both go round the ring in both directions, one neighbour at a time, and each step's transfer runs while
 the matrix unit works on what is already there (the decomposition of Wang et al., ASPLOS 2023). o_proj is sent for
-longer than it is multiplied: the attention in front of it is done rows by rows between the same sends.
+longer than it is multiplied: the attention in front of it is done rows by rows between the same sends. The experts'
+rows change places on a ring too, see `moe_ring`.
 
 Axis letters: B batch, t the local part of the length, n devices on the ring.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -117,3 +118,47 @@ def row(
         *arrived, a, b = lax.optimization_barrier((*arriving, *own))
         ahead, behind = arrived[0] + last(a), arrived[1] + last(b)
     return jnp.concatenate([ahead, behind], axis=1)
+
+
+class Exchange:
+    """Chunks on their way: chunk d goes to the device way · d further round the ring, in n // 2 hops.
+
+    Every chunk takes the shorter way, from neighbour to neighbour; what goes across an even ring goes half each way. A
+    `hop` sets `arrays` on their way, `arrive` takes in what they brought; between the two is time for something else.
+    After the last, `chunks[d]` is from the device way · d back. n is at least 2.
+    """
+
+    def __init__(self, chunks: Sequence[jax.Array], axis: str, way: int):
+        n = len(chunks)
+        self.chunks, self.hops = list(chunks), n // 2
+        self._axis, self._way, self._made = axis, way, 0
+        ahead, behind = ([chunks[d * sign % n] for d in range(1, (n + 1) // 2)] for sign in (way, -way))
+        if n % 2 == 0:
+            half = chunks[n // 2].shape[0] // 2
+            ahead.append(chunks[n // 2][:half])
+            behind.append(chunks[n // 2][half:])
+        self._sizes = [[chunk.shape[0] for chunk in one_way] for one_way in (ahead, behind)]
+        self.arrays = [jnp.concatenate(ahead), jnp.concatenate(behind)]
+
+    def hop(self) -> None:
+        """Send what has farther to go to the next device, both ways."""
+        n = len(self.chunks)
+        self.arrays = [_shift(one_way, self._axis, n, by) for one_way, by in zip(self.arrays, (1, -1), strict=True)]
+
+    def arrive(self) -> None:
+        """Keep what is for this device."""
+        self._made += 1
+        n, d = len(self.chunks), self._made
+        sizes = [sizes.pop(0) for sizes in self._sizes]
+        first, second = (array[:size] for array, size in zip(self.arrays, sizes, strict=True))
+        self.arrays = [array[size:] for array, size in zip(self.arrays, sizes, strict=True)]
+        if 2 * d == n:
+            self.chunks[d] = jnp.concatenate([first, second])
+        else:
+            self.chunks[d * self._way % n], self.chunks[-d * self._way % n] = first, second
+
+    def finish(self) -> None:
+        """Make all hops, with nothing between."""
+        for _ in range(self.hops):
+            self.hop()
+            self.arrive()
