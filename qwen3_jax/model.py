@@ -28,7 +28,7 @@ from flax import nnx
 from qwen3_jax import rope
 from qwen3_jax.cache import Cache
 from qwen3_jax.config import Qwen3Config
-from qwen3_jax.ops import LayerCache, Ops
+from qwen3_jax.ops import Blocks, LayerCache, Ops
 
 Params = dict[Any, Any]
 
@@ -90,6 +90,7 @@ class Attention(nnx.Module):
         fresh: bool,
         taps: Taps,
         path: str,
+        blocks: Blocks | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         taps(f"{path}.input", x)
         x = self.ops.spread(x)
@@ -101,12 +102,16 @@ class Attention(nnx.Module):
         v = self.ops.constrain(v, "batch length kv_heads head_dim")
         q = rope.rotate(rms_norm(q, self.q_norm[...], self.eps), cos, sin)
         k = rope.rotate(rms_norm(k, self.k_norm[...], self.eps), cos, sin)
+        if blocks is not None:
+            k, v = (blocks.in_order(self.ops.constrain(a, "batch slots kv_heads head_dim")) for a in (k, v))
         taps(f"{path}.q", q)
         taps(f"{path}.k", k)
         taps(f"{path}.v", v)
         if cache is not None:
             cache = self.ops.update_cache(cache, k, v, positions[:, 0])
-        if cache is None or fresh:
+        if blocks is not None:
+            context = self.ops.attend_blocks(q, k, v, self.scale)
+        elif cache is None or fresh:
             context = self.ops.attend(q, k, v, segment_ids, self.scale)
         else:
             context = self.ops.attend_cache(q, cache, positions, self.scale)
@@ -202,10 +207,12 @@ class DecoderLayer(nnx.Module):
         fresh: bool,
         taps: Taps,
         path: str,
+        blocks: Blocks | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         taps(f"{path}.input", x)
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        mixed, cache = self.self_attn(normed, cos, sin, positions, segment_ids, cache, fresh, taps, f"{path}.self_attn")
+        attention = f"{path}.self_attn"
+        mixed, cache = self.self_attn(normed, cos, sin, positions, segment_ids, cache, fresh, taps, attention, blocks)
         x = self.ops.constrain(x + mixed, "batch stream hidden")
         mixed = self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps), taps, f"{path}.mlp")
         x = self.ops.constrain(x + mixed, "batch stream hidden")
@@ -260,6 +267,13 @@ class Qwen3(nnx.Module):
         Raises:
             ValueError: both or neither of tokens and inputs_embeds, or segment_ids with a cache.
         """
+        taps = Taps() if taps is None else taps
+        # On a mesh that splits its length a whole prompt lies in blocks; keys, values and the result are in order again.
+        blocks = None
+        if tokens is not None and segment_ids is None and (cache is None or fresh) and not taps.patterns:
+            blocks = self.ops.blocks(*tokens.shape)
+            if blocks is not None:
+                tokens, positions = blocks.arrange(tokens), blocks.arrange(positions)
         if tokens is not None and inputs_embeds is None:
             x = self.ops.embed(self.embed_tokens[...], tokens)
         elif inputs_embeds is not None and tokens is None:
@@ -268,16 +282,17 @@ class Qwen3(nnx.Module):
             raise ValueError(f"give either tokens or inputs_embeds: got {'neither' if tokens is None else 'both'}")
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids with a cache: packed rows have no cache, give each sequence a row of its own")
-        taps = Taps() if taps is None else taps
         x = self.ops.constrain(x.astype(self.dtype), "batch stream hidden")
         taps("embed_tokens", x)
         cos, sin = rope.angles_of(self.config, positions)
         layer_caches = []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
-            x, layer_cache = layer(x, cos, sin, positions, segment_ids, layer_cache, fresh, taps, f"layers.{i}")
+            x, layer_cache = layer(x, cos, sin, positions, segment_ids, layer_cache, fresh, taps, f"layers.{i}", blocks)
             layer_caches.append(layer_cache)
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+        if blocks is not None:
+            x = blocks.in_order(self.ops.constrain(x, "batch slots hidden"))
         taps("norm", x)
         return x, None if cache is None else layer_caches
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 LayerCache = dict[str, jax.Array]
 
@@ -18,6 +19,29 @@ def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     # One barrier each: XLA passes the pair on as a whole otherwise, and fails to compile it on a mesh (jaxlib 0.10.2).
     values, ids = jax.lax.top_k(x, k)
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(ids)
+
+
+class Blocks(NamedTuple):
+    """The order in which the equal blocks of a prompt lie along the devices that split its length.
+
+    A late token attends to more than an early one: with the first block a device gets the last, with the second the
+    last but one, and so on.
+    """
+
+    order: tuple[int, ...]
+
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """Return x [B, T, ...] in this order."""
+        parts = jnp.split(x, len(self.order), axis=1)
+        return jnp.concatenate([parts[i] for i in self.order], axis=1)
+
+    def in_order(self, x: jax.Array) -> jax.Array:
+        """Undo `arrange`."""
+        return Blocks(tuple(sorted(range(len(self.order)), key=self.order.__getitem__))).arrange(x)
+
+
+def _no_blocks(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> Any:
+    raise NotImplementedError("only a formulation that orders blocks attends to them")
 
 
 class Ops(NamedTuple):
@@ -64,6 +88,13 @@ class Ops(NamedTuple):
 
     top: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]] = top
     """(logits [B,V], k) -> the k largest and their ids; on a mesh no device sees more than its vocabulary and a few."""
+
+    blocks: Callable[[int, int], Blocks | None] = lambda batch, length: None
+    """(B, T) -> the order in which a whole prompt goes through the layers; None is its own."""
+
+    attend_blocks: Callable[..., Any] = _no_blocks
+    """(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], scale) -> what o_proj takes: q in the order of `blocks`, k and v in
+    their own, with no segments."""
 
     spread: Callable[[jax.Array], Any] = lambda x: x
     """x [B,T,D] -> what the linear layers on it take: x itself, or on a mesh that splits the stream its `ring.Pieces`,

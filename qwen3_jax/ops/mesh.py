@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen3_jax.ops import LayerCache, Ops, moe_parallel, ring
+from qwen3_jax.ops import Blocks, LayerCache, Ops, moe_parallel, ring
 from qwen3_jax.sharding import Rules, spec
 
 ROW_PARALLEL = ("BTNH,DNH->BTD", "BTF,DF->BTD")
@@ -134,6 +134,23 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
     def on_ring(shape: tuple[int, ...]) -> bool:
         return not odd("batch", shape[0]) and shape[1] % (2 * place.ways(rules["stream"])) == 0
 
+    def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        vocab = rules["vocab"]
+        if vocab != rules["stream"] or not on_ring(tokens.shape):
+            return ops.embed(table, tokens)
+
+        def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            """Look up what is here; of the sum over devices each keeps its part of the stream."""
+            at = tokens - lax.axis_index(vocab) * table.shape[0]
+            here = (at >= 0) & (at < table.shape[0])
+            found = jnp.where(here[:, :, None], ops.embed(table, jnp.clip(at, 0, table.shape[0] - 1)), 0)
+            for axis in vocab:  # over both at once the compiler would send twice as much
+                found = lax.psum_scatter(found, axis, scatter_dimension=1, tiled=True)
+            return found
+
+        ins = PartitionSpec(vocab), PartitionSpec(rules["batch"])
+        return jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=stream, check_vma=False)(table, tokens)
+
     def spread(x: jax.Array) -> jax.Array | ring.Pieces:
         if not on_ring(x.shape):
             return x
@@ -147,16 +164,28 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
     ) -> jax.Array | ring.Context:
         if segment_ids is not None or not on_ring(q.shape):
             return attend(q, k, v, segment_ids, scale)
-        return ring.Context(q, k, v, scale)
+        return ring.Context(q, k, v, scale, blocks=False)
+
+    def blocks(batch: int, length: int) -> Blocks | None:
+        n = place.ways(rules["length"])
+        if n == 1 or length % (2 * n) or not on_ring((batch, length)):
+            return None
+        return Blocks(tuple(block for i in range(n) for block in (i, 2 * n - 1 - i)))
+
+    def attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> ring.Context:
+        return ring.Context(q, k, v, scale, blocks=True)
 
     def o_proj(context: ring.Context, w: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, w: jax.Array) -> jax.Array:
-            length = q.shape[1]
-            before = lax.axis_index(rules["length"]) * length
+            length, half, me = q.shape[1], q.shape[1] // 2, lax.axis_index(rules["length"])
+            last = k.shape[1] - (me + 1) * half  # where the later of this device's two blocks begins
 
             def share(first: jax.Array, rows: int) -> jax.Array:
                 part = lax.dynamic_slice_in_dim(q, first, rows, axis=1)
-                return ops.attend(part, k, v, None, context.scale, before + first, span=length)
+                if not context.blocks:
+                    return ops.attend(part, k, v, None, context.scale, me * length + first, span=length)
+                start = jnp.where(first < half, me * half + first, last + first - half)
+                return ops.attend(part, k, v, None, context.scale, start, span=k.shape[1])
 
             return ring.row(share, length, axis, lambda part: product(part, w))
 
@@ -195,9 +224,12 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
 
     return ops._replace(
         constrain=constrain,
+        embed=embed,
         spread=spread,
         einsum=einsum,
         attend=attend_later,
+        blocks=blocks,
+        attend_blocks=attend_blocks,
         update_cache=update_cache,
         attend_cache=attend_cache,
         moe=moe,

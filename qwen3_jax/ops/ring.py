@@ -34,6 +34,8 @@ class Context(NamedTuple):
     k: jax.Array
     v: jax.Array
     scale: float
+    blocks: bool
+    """Whether the queries lie in the order of `Ops.blocks`."""
 
 
 def _shift(x: jax.Array, axis: str, n: int, by: int) -> jax.Array:
