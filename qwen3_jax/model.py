@@ -268,7 +268,7 @@ class Qwen3(nnx.Module):
             ValueError: both or neither of tokens and inputs_embeds, or segment_ids with a cache.
         """
         taps = Taps() if taps is None else taps
-        # On a mesh that splits its length a whole prompt lies in blocks; keys, values and the result are in order again.
+        # On a mesh that splits its length a whole prompt lies in blocks; keys, values and the result are put in order.
         blocks = None
         if tokens is not None and segment_ids is None and (cache is None or fresh) and not taps.patterns:
             blocks = self.ops.blocks(*tokens.shape)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from qwen3_jax import sharding
 from qwen3_jax.ops import plain, ring, tpu
+from qwen3_jax.ops.mesh import on_mesh
 from tests import tiny
 from tests.run import Network
 
@@ -58,6 +59,18 @@ def test_prefill_rules_give_the_same_logits(text, reference):
     folder, tokens, theirs = reference
     network = Network(folder, formulation="xla", mesh=mesh_of(text), purpose="prefill")
     chex.assert_trees_all_close(network.logits(tokens), theirs, atol=2e-5, rtol=0)
+
+
+def test_devices_attend_to_as_much_as_each_other():
+    prompts = on_mesh(plain.XLA, mesh_of("expert=4,model=2"), sharding.RULES["prefill"])
+    blocks = prompts.blocks(2, 64)
+    assert blocks is not None
+    positions = np.asarray(blocks.arrange(jnp.arange(64)[None]))[0]
+    assert positions[0] == 0
+    assert len({part.sum() for part in np.split(positions, 4)}) == 1
+    chex.assert_trees_all_equal(blocks.in_order(positions[None])[0], jnp.arange(64))
+    assert prompts.blocks(2, 63) is None
+    assert on_mesh(plain.XLA, mesh_of("model=4"), sharding.RULES["prefill"]).blocks(2, 64) is None
 
 
 @pytest.mark.parametrize("length", [1, 7, 12])

@@ -218,7 +218,6 @@ def _exchanged(
     collected, others = tuple(axis for axis in place.shared if axis not in over), place.others
     if place.ways(collected) > 1:
         x, weights, experts = _gather(collected, x, weights, jnp.minimum(experts, place.ways(place.experts) * E))
-    # From here on the collected axes are like the other ones: their devices hold the same rows.
     own = jax.ShapeDtypeStruct((x.shape[0] // place.ways(collected), x.shape[1]), x.dtype)
     # From here on the collected axes are like the other ones: their devices hold the same rows.
     place = place._replace(rows=tuple(axis for axis in place.rows if axis not in collected))
