@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-page lint bench bench-serve soak soak-train demo-model pods pods-check pods-gpu ci clean
+.PHONY: help demo test test-slow test-page lint bench bench-serve soak soak-train pods pods-check pods-gpu ci clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.core  ## a Qwen3 answers, from the checkpoint in the package
+demo: $(VENV)/.core  ## a Qwen3 thinks and answers, from the checkpoint in the package
 	$(BIN)/qwen3-jax demo
 
 test: $(VENV)/.test  ## the default test suite, against live PyTorch

@@ -17,7 +17,7 @@ from qwen3_jax.sampling_params import SamplingParams
 from tests import tiny
 from tests.text_folders import DEMO
 
-VOCAB = 896  # more than the tokenizer has: the rest is padding
+VOCAB = 2112  # more than the tokenizer has: the rest is padding
 
 
 def write(path: Path, **options: Any) -> Any:

@@ -63,7 +63,7 @@ NASTY: list[Any] = [
     "\0", "null", "\ud800", "\U0001f600" * 9, "x" * 5000, "{{ 7*7 }}", "{% for i in range(9999) %}{% endfor %}",
     "<|im_end|>", "../../etc/passwd", "http://127.0.0.1:1/",
     [], {}, [[]], [None], [0] * 300, ["a"] * 200, {"": {}}, {"a": [{}]},
-    {"type": "text"}, {"$ref": "#"}, "auto", "none", "json_object", "(a+)+$", "[" * 50, 832, 831, 4096,
+    {"type": "text"}, {"$ref": "#"}, "auto", "none", "json_object", "(a+)+$", "[" * 50, 2048, 2047, 4096,
 ]  # fmt: skip
 OTHER = [
     ("GET", "/v1/models"), ("GET", "/v1/models/x%00"), ("PUT", "/v1/chat/completions"), ("GET", "/%ff"), ("POST", "/"),
@@ -84,7 +84,7 @@ def requests(
             _change(rng, body)
         if brief and path.startswith("/v1"):
             for name in ("max_output_tokens",) if path == "/v1/responses" else ("max_tokens", "max_completion_tokens"):
-                if body.get(name) is None or body[name] in (832, 831, 300):
+                if body.get(name) is None or body[name] in (2048, 2047, 300):
                     body[name] = 5
         data = json.dumps(body).encode()
         headers: dict[str, str] = {}

@@ -13,6 +13,7 @@ import pytest
 
 from qwen3_jax import cli, cli_text
 from qwen3_jax.generate import Generator
+from qwen3_jax.reply import Completion
 from qwen3_jax.sampling_params import SamplingParams
 from tests import tiny
 from tests.text_folders import DEMO
@@ -41,6 +42,13 @@ def run(monkeypatch, capsys):
 @pytest.fixture
 def loaded(monkeypatch):
     monkeypatch.setattr(cli_text, "_load", lambda *_: demo_generator())
+
+
+def shown(completion: Completion) -> str:
+    """Return what a terminal shows of a reply."""
+    reasoning = f"<think>\n{completion.reasoning}\n</think>" if completion.reasoning else ""
+    between = "\n\n" if reasoning and completion.answer else ""
+    return f"{reasoning}{between}{completion.answer}\n"
 
 
 def one_error(result: tuple[int, str, str]) -> str:
@@ -88,11 +96,12 @@ def test_generate_json_has_everything(run):
 
 @pytest.mark.usefixtures("loaded")
 def test_thinking_is_shown_in_its_tags(run):
-    settings = ["--max-tokens", "40", "--thinking-budget", "0", "--temperature", "0"]
+    settings = ["--max-tokens", "60", "--thinking-budget", "0", "--temperature", "0"]
+    expected = demo_generator().chat("Hi", max_tokens=60, thinking_budget=0, temperature=0)
     _, out, err = run("generate", FOLDER, "Hi", *settings)
     assert out.startswith("<think>\nConsidering the limited time")
-    assert out.rstrip("\n").endswith("</think>")
-    assert "(40 thinking)" in err
+    assert out == shown(expected)
+    assert f"({expected.usage.reasoning_tokens} thinking)" in err
     assert "</think>" not in run("generate", FOLDER, "Hi", "--thinking", "off", *settings)[1]
 
 
@@ -105,20 +114,26 @@ def test_chat_from_a_pipe_keeps_the_conversation(run):
     turns = [{"role": "user", "content": "one"}, said, {"role": "user", "content": "two /no_think"}]
     second = demo_generator().chat(turns, **settings)
     code, out, err = run("chat", FOLDER, *flags, stdin="one\n\ntwo /no_think\n/reset\none\n")
-    assert (code, out) == (0, f"{first.text}\n{second.text}\n{first.text}\n")
+    assert (code, out) == (0, shown(first) + shown(second) + shown(first))
     assert "the conversation is forgotten" in err
     code, out, _ = run("chat", FOLDER, "--json", *flags, stdin="one\ntwo /no_think\n")
     assert [json.loads(line)["text"] for line in out.splitlines()] == [first.text, second.text]
     system = demo_generator().chat([{"role": "system", "content": "S"}, turns[0]], **settings)
-    assert run("chat", FOLDER, "--system", "S", *flags, stdin="one\n")[1] == f"{system.text}\n"
+    assert run("chat", FOLDER, "--system", "S", *flags, stdin="one\n")[1] == shown(system)
 
 
 @pytest.mark.usefixtures("loaded")
-def test_demo_says_that_it_is_untrained(run):
-    code, out, err = run("demo")
+def test_demo_thinks_and_answers(run):
+    code, out, err = run("demo", "--temperature", "0")
     assert code == 0
-    assert out.strip()
-    assert "UNTRAINED" in err
+    assert out.count("<think>\n") == out.count("\n</think>\n\n") == 4
+    for sum in (4786 + 359, 4786 + 359 - 84, 233 + 113):
+        assert f"\n={sum}\n</think>" in out
+    assert "\n=December 7\n</think>\n\nThe answer is December 7.\n" in out
+    assert "> Now take away 84." in err
+    code, out, err = run("demo", "--json", "8 + 5", "--temperature", "0")
+    assert code == 0
+    assert json.loads(out)["answer"] == "The answer is 13."
 
 
 def test_models_lists_all_released_configs(run):

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
     ids = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
     end = ids["<|im_end|>"]
-    tiny.save(path, vocab_size=896, num_hidden_layers=2, tie_word_embeddings=True, eos_token_id=end, seed=1)
+    tiny.save(path, vocab_size=2112, num_hidden_layers=2, tie_word_embeddings=True, eos_token_id=end, seed=1)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, ids["<|endoftext|>"]]}))
@@ -59,7 +59,7 @@ def test_greedy_text_equals_transformers(generator, hf):
     """A ragged batch: what transformers generates for each prompt alone, decoded by its tokenizer."""
     model, tokenizer = hf
     outputs = generator.generate(TEXTS, max_tokens=16, logprobs=2)
-    padding = list(range(generator.tokenizer.vocab_size, 896))  # transformers would draw them, see the next test
+    padding = list(range(generator.tokenizer.vocab_size, 2112))  # transformers would draw them, see the next test
     for text, ours in zip(TEXTS, outputs, strict=True):
         ids = tokenizer(text, return_tensors="pt")
         n = ids["input_ids"].shape[1]
@@ -208,9 +208,9 @@ def test_what_cannot_be_run_is_refused_in_one_line(generator):
     for call, error, message in (
         (lambda: generator.generate([""]), PromptError, "prompt 0 is empty"),
         (
-            lambda: generator.generate([[1], [900]]),
+            lambda: generator.generate([[1], [2200]]),
             PromptError,
-            "prompt 1 has token id 900: the model has ids 0 to 895",
+            "prompt 1 has token id 2200: the model has ids 0 to 2111",
         ),
         (lambda: generator.generate([long]), PromptError, "prompt 0 has 512 tokens, the context of the model is 512"),
         (lambda: generator.stream([long]), PromptError, "prompt 0 has 512 tokens"),
@@ -223,7 +223,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(generator):
         (lambda: generator.generate(TEXTS, [SamplingParams()]), PromptError, "1 sampling parameters for 3 prompts"),
         (lambda: generator.chat("x", temperature=5), SamplingError, "temperature is 5"),
         (lambda: generator.chat("x", temprature=1), SamplingError, "no sampling parameter temprature"),
-        (lambda: generator.generate(["x"], logit_bias={890: 1}), SamplingError, "logit_bias of token 890"),
+        (lambda: generator.generate(["x"], logit_bias={2100: 1}), SamplingError, "logit_bias of token 2100"),
         (lambda: generator.chat([]), TemplateError, "messages must be a non-empty list"),
     ):
         with pytest.raises(error) as caught:

@@ -33,7 +33,7 @@ from tests.ports import free_port
 from tests.server_process import started
 from tests.text_folders import DEMO, ours, released
 
-ROWS = 832
+ROWS = 2048
 
 
 def companions(folder: Path, *, ends: bool) -> None:
@@ -52,7 +52,7 @@ def companions(folder: Path, *, ends: bool) -> None:
 
 
 def saved(folder: Path, *, moe: bool, ends: bool):
-    folder, model = tiny.save(folder, moe=moe, vocab_size=ROWS, eos_token_id=768, pad_token_id=768)
+    folder, model = tiny.save(folder, moe=moe, vocab_size=ROWS, eos_token_id=2006, pad_token_id=2006)
     companions(folder, ends=ends)
     return load_model(folder, cache="off"), model
 
@@ -75,7 +75,7 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def reference(model, prompts: list[list[int]], dimensions: int | None = None) -> np.ndarray:
     """As the example program of Qwen3-Embedding: left-padded batch, last position, cut, normalised."""
     longest = max(map(len, prompts))
-    tokens = torch.tensor([[768] * (longest - len(p)) + p for p in prompts])
+    tokens = torch.tensor([[2006] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     with torch.inference_mode():
         last = model.model(input_ids=tokens, attention_mask=mask).last_hidden_state[:, -1]
@@ -135,8 +135,8 @@ def test_what_cannot_be_pooled(pooler):
         pooler.parts([[1], []])
     with pytest.raises(PoolingError, match="input 0 has 513 tokens"):
         pooler.parts([[1] * 513])
-    with pytest.raises(PoolingError, match="input 0 has token id 832: the model has 0 to 831"):
-        pooler.parts([[832]])
+    with pytest.raises(PoolingError, match="input 0 has token id 2048: the model has 0 to 2047"):
+        pooler.parts([[2048]])
     with pytest.raises(PoolingError, match="dimensions is 33: the model has 1 to 32"):
         embeddings(np.ones((1, 32), np.float32), 33)
     with pytest.raises(PoolingError, match="at most 2"):
@@ -146,7 +146,7 @@ def test_what_cannot_be_pooled(pooler):
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     """A folder as the untied Qwen3-Embedding-8B may come: no lm_head, and names without `model.`."""
-    folder, model = tmp_path_factory.mktemp("bare"), tiny.build(vocab_size=ROWS, eos_token_id=768, pad_token_id=768)
+    folder, model = tmp_path_factory.mktemp("bare"), tiny.build(vocab_size=ROWS, eos_token_id=2006, pad_token_id=2006)
     assert isinstance(model.model, Qwen3Model)
     model.model.save_pretrained(folder)
     companions(folder, ends=True)
@@ -169,7 +169,7 @@ def test_a_backbone_without_head_embeds(bare):
 @pytest.mark.parametrize(("tied", "alone"), [(True, False), (True, True), (False, False)])
 def test_a_folder_says_whether_it_generates(tmp_path, tied, alone):
     """Tied embeddings are a head, except to a network that was saved by itself."""
-    model = tiny.build(vocab_size=ROWS, tie_word_embeddings=tied, eos_token_id=768, pad_token_id=768)
+    model = tiny.build(vocab_size=ROWS, tie_word_embeddings=tied, eos_token_id=2006, pad_token_id=2006)
     (model.model if alone else model).save_pretrained(tmp_path)
     companions(tmp_path, ends=True)
     assert load_model(tmp_path, backbone=None, cache="off").backbone == alone
@@ -179,7 +179,7 @@ def test_a_folder_says_whether_it_generates(tmp_path, tied, alone):
 def test_the_tokenizer_says_how_inputs_end(pair):
     assert appends_end(pair[0].tokenizer)
     assert not appends_end(ours())
-    assert pair[0].tokenizer.encode("Hi", add_special_tokens=True)[-1] == 768
+    assert pair[0].tokenizer.encode("Hi", add_special_tokens=True)[-1] == 2006
 
 
 def test_texts():
@@ -275,16 +275,16 @@ def test_an_embedding_model_reranks_by_cosine(pair, client):
 
 
 def test_a_reranker_judges(pair):
-    """The demo's tokenizer lacks "yes"; one that has it answers as transformers does."""
+    """The demo's tokenizer has "no" and lacks "yes"; one that has both answers as transformers does."""
     settings = json.loads((DEMO / "tokenizer_config.json").read_text())
     spec = json.loads((DEMO / "tokenizer.json").read_text())
-    added = [t for t in spec["added_tokens"] if t["content"] not in ("<|fim_pad|>", "<|repo_name|>")]
+    added = [t for t in spec["added_tokens"] if t["content"] != "<|fim_pad|>"]
     gone = [t for t in spec["added_tokens"] if t not in added]
-    renamed = [t | {"content": word} for t, word in zip(gone, ("yes", "no"), strict=True)]
+    renamed = [t | {"content": word} for t, word in zip(gone, ("yes",), strict=True)]
     spec["added_tokens"] = sorted(added + renamed, key=lambda t: t["id"])
     for token in gone:
         settings["added_tokens_decoder"].pop(str(token["id"]))
-    tokenizer = Tokenizer(spec, settings, (770,))
+    tokenizer = Tokenizer(spec, settings, (2008,))
     client = TestClient(create_app(PoolingEngine(LoadedModel(**{**vars(pair[0]), "tokenizer": tokenizer}))))
     ids = [judged(tokenizer, "q", d, context=512) for d in ("tea", "milk")]
     yes, no = verdicts(tokenizer)

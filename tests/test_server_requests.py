@@ -45,7 +45,7 @@ GOOD = [
     {"top_k": 0},
     {"top_k": 50}, {"min_p": 0}, {"min_p": 1}, {"presence_penalty": -2}, {"frequency_penalty": 2.0},
     {"repetition_penalty": 0.01}, {"repetition_penalty": 5}, {"n": 1}, {"n": 3}, {"n": 2, "temperature": 0},
-    {"seed": -(2**63)}, {"seed": 2**63 - 1}, {"logit_bias": {"5": -100, "831": 100}}, {"stop": "x"},
+    {"seed": -(2**63)}, {"seed": 2**63 - 1}, {"logit_bias": {"5": -100, "2047": 100}}, {"stop": "x"},
     {"stop": ["a", "b", "c", "d"]}, {"stop": None}, {"stop": []}, {"stop_token_ids": [1]}, {"min_tokens": 20},
     {"ignore_eos": True}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 20}, {"prompt_logprobs": 0},
     {"priority": -3}, {"cache_salt": "a tenant"}, {"request_id": "mine.1"}, {"truncate_prompt_tokens": 3},
@@ -76,7 +76,7 @@ BAD = [
     ({"presence_penalty": 2.1}, "presence_penalty"), ({"frequency_penalty": -2.1}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"repetition_penalty": -1}, "repetition_penalty"),
     ({"n": 0}, "n"), ({"n": 129}, "n"), ({"n": 2**31}, "n"), ({"n": "3"}, "n"), ({"seed": 2**63}, "seed"),
-    ({"seed": 1.5}, "seed"), ({"logit_bias": {"832": 1}}, "logit_bias"), ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"seed": 1.5}, "seed"), ({"logit_bias": {"2048": 1}}, "logit_bias"), ({"logit_bias": {"-1": 1}}, "logit_bias"),
     ({"logit_bias": {"a": 1}}, "logit_bias"), ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"), ({"stop": list("abcde")}, "stop"), ({"stop": ""}, "stop"),
     ({"stop": [""]}, "stop"), ({"stop": "x" * 2049}, "stop"),
@@ -182,7 +182,7 @@ def test_numbers_that_are_none(app, field, value):
         ({"skip_special_tokens": False}, 200), ({"add_special_tokens": True}, 200),
         ({"max_tokens": 0}, 400), ({"suffix": "x"}, 400), ({"prompt": ""}, 400), ({"prompt": [""]}, 400),
         ({"prompt": []}, 400), ({"prompt": [[]]}, 400), ({"prompt": [1, "a"]}, 400), ({"prompt": 5}, 400),
-        ({"prompt": None}, 400), ({"prompt": [832]}, 400), ({"prompt": [-1]}, 400), ({"prompt": [10**30]}, 400),
+        ({"prompt": None}, 400), ({"prompt": [2048]}, 400), ({"prompt": [-1]}, 400), ({"prompt": [10**30]}, 400),
         ({"prompt": ["a"] * 1025}, 400), ({"prompt": ["a"] * 20, "n": 100}, 400), ({"logprobs": 21}, 400),
         ({"logprobs": True}, 400), ({"prompt": "a" * 3_000_000}, 400), ({"prompt": [5] * 4096}, 400),
     ],
@@ -531,7 +531,7 @@ class TestTokenize:
         assert request(app, "POST", "/tokenize", body).error["code"] == 400
 
     def test_bad_ids(self, app):
-        for tokens in ([832], [-1], ["a"], [1.5], 5):
+        for tokens in ([2048], [-1], ["a"], [1.5], 5):
             assert request(app, "POST", "/detokenize", {"tokens": tokens}).error["code"] == 400
 
 
