@@ -351,7 +351,8 @@ class TestCompletions:
         assert texts == [c.text for c in plain.choices]
 
     def test_stop(self, client):
-        fields = {"model": "demo", "prompt": "The sky is", "temperature": 0, "max_tokens": 16}
+        prompt = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"
+        fields = {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": 16}
         full = client.completions.create(**fields).choices[0].text
         stop = full[4:7]
         cut = client.completions.create(**fields, stop=[stop]).choices[0]
