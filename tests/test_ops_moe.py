@@ -162,10 +162,10 @@ def test_tpu_kernel(expected_routes):
 def test_tpu_kernel_runs_some_experts_only():
     sizes = jnp.array([16, 0, 8, 24], jnp.int32)
     rows = jax.random.normal(jax.random.key(0), (56, D))
-    _, _, *stacks = (a[:4] for a in arrays(8))
-    all_rows = moe.ragged_swiglu(rows, sizes, *stacks)
+    _, _, gate, up, down = (a[:4] for a in arrays(8))
+    all_rows = moe.ragged_swiglu(rows, sizes, gate, up, down)
     for only, begin, end in (((0, 2), 0, 16), ((1, 3), 16, 24), ((2, 4), 16, 48), ((1, 2), 16, 16)):
-        got = moe_tpu.swiglu(8, (2, 2), True, only, rows, sizes, *stacks)
+        got = moe_tpu.swiglu(8, (2, 2), True, only, rows, sizes, gate, up, down)
         chex.assert_trees_all_close(got[begin:end], all_rows[begin:end], rtol=1e-5, atol=1e-5)
 
 
@@ -181,10 +181,10 @@ def test_tpu_kernel_splits_a_wide_expert(monkeypatch):
     key = jax.random.key(0)
     wide = (2, 384, D), (2, 384, D), (2, D, 384)
     rows = jax.random.normal(key, (24, D))
-    stacks = [0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(wide)]
+    gate, up, down = (0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(wide))
     sizes = jnp.array([16, 8], jnp.int32)
-    got = moe_tpu.swiglu(8, (3, 2), True, None, rows, sizes, *stacks)
-    chex.assert_trees_all_close(got, moe.ragged_swiglu(rows, sizes, *stacks), rtol=1e-5, atol=1e-5)
+    got = moe_tpu.swiglu(8, (3, 2), True, None, rows, sizes, gate, up, down)
+    chex.assert_trees_all_close(got, moe.ragged_swiglu(rows, sizes, gate, up, down), rtol=1e-5, atol=1e-5)
 
 
 def test_undefined_rows_do_not_leak():

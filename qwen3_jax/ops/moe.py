@@ -28,8 +28,8 @@ class Turn(NamedTuple):
     """Of all experts, which it is the turn of, and a transfer that goes on while they are multiplied."""
 
     first: int
-    count: int
-    """Experts first .. first + count - 1; a route that names another adds nothing."""
+    experts: int
+    """It is the turn of experts first .. first + experts - 1; a route that names another adds nothing."""
     beside: "Transfer"
 
 
@@ -127,6 +127,7 @@ def grouped(
     block = most if expected is None else round_up(expected * 5 // 4 + count * align // 2, align)
     wide = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     rounds = lax.div(ends[-1] + (block - 1), jnp.int32(block))
+    out: jax.Array
     if 2 * block > most:
         out = _one_block(swiglu, most, C, turn, jnp.zeros(x.shape, jnp.float32), 0, routing, arrays)
     elif turn is None:
@@ -171,7 +172,7 @@ def _beside(swiglu: Swiglu, turn: Turn, expert: jax.Array) -> jax.Array:
     """Run a kernel for some experts beside each hop of a transfer; `expert` says whose a row is."""
     each = None
     for i in range(turn.beside.hops):
-        begin, end = (turn.first + j * turn.count // turn.beside.hops for j in (i, i + 1))
+        begin, end = (turn.first + j * turn.experts // turn.beside.hops for j in (i, i + 1))
         turn.beside.hop()
         part = swiglu(only=(begin, end))
         part, turn.beside.arrays = lax.optimization_barrier((part, turn.beside.arrays))

@@ -40,7 +40,7 @@ def moe(
     routes = R * C if expected is None else expected
     if turn is None and R <= FEW_ROWS and routes >= 2 * E:
         return every(x, weights, experts, gate_proj, up_proj, down_proj)
-    busy = E if turn is None else turn.count
+    busy = E if turn is None else turn.experts
     align = min(round_up(R, 16), 128 if routes < 512 * busy else 256)
     kernel = partial(_swiglu, align, -(-routes // align) + busy // 2, busy)
     stacks = gate_proj, up_proj, down_proj
