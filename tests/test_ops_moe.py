@@ -163,9 +163,9 @@ def test_tpu_kernel_runs_some_experts_only():
     sizes = jnp.array([16, 0, 8, 24], jnp.int32)
     rows = jax.random.normal(jax.random.key(0), (56, D))
     _, _, gate, up, down = (a[:4] for a in arrays(8))
-    all_rows = moe.ragged_swiglu(rows, sizes, gate, up, down)
+    all_rows = jnp.asarray(moe.ragged_swiglu(rows, sizes, gate, up, down))
     for only, begin, end in (((0, 2), 0, 16), ((1, 3), 16, 24), ((2, 4), 16, 48), ((1, 2), 16, 16)):
-        got = moe_tpu.swiglu(8, (2, 2), True, only, rows, sizes, gate, up, down)
+        got = jnp.asarray(moe_tpu.swiglu(8, (2, 2), True, only, rows, sizes, gate, up, down))
         chex.assert_trees_all_close(got[begin:end], all_rows[begin:end], rtol=1e-5, atol=1e-5)
 
 
