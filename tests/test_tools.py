@@ -187,14 +187,14 @@ def test_work_grows_with_the_text_and_no_faster(unit):
 
 @pytest.fixture(scope="module")
 def constraints() -> Constraints:
-    return Constraints(ours(), 832)
+    return Constraints(ours(), 2048)
 
 
 def draw(constraints: Constraints, constraint, rng: random.Random, limit: int = 600) -> str:
     """Draw as an untrained model does: any allowed id, uniformly."""
     assert constraint is not None
     matcher, ids = constraints.compile(constraint).start(), []
-    out = np.zeros(26, np.uint32)
+    out = np.zeros(2048 // 32, np.uint32)
     for _ in range(limit):
         matcher.mask(out)
         allowed = np.flatnonzero(np.unpackbits(out.view(np.uint8), bitorder="little"))
