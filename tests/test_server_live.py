@@ -248,6 +248,19 @@ def test_structure_is_forced_on_a_model_that_never_learned_it(client, fields, ch
 
 
 class TestTools:
+    @pytest.mark.parametrize("temperature", [0, 1.5])
+    def test_parallel_calls_follow_one_another(self, client, temperature):
+        """Many calls, until the limit if need be; all but one that was cut are whole and valid."""
+        fields = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 200, "temperature": temperature, "seed": 1}
+        choice = chat(client, extra_body=OFF, **fields).choices[0]
+        assert choice.finish_reason in ("tool_calls", "length")
+        assert choice.message.content in (None, "")
+        whole = choice.message.tool_calls[: None if choice.finish_reason == "tool_calls" else -1]
+        assert whole
+        for call in whole:
+            tool = next(t["function"] for t in TOOLS if t["function"]["name"] == call.function.name)
+            jsonschema.validate(json.loads(call.function.arguments), tool["parameters"])
+
     @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("temperature", [0, 1.5])
     def test_required(self, client, stream, temperature):
