@@ -352,6 +352,28 @@ def test_unknown_algorithm():
         ops.moe(x, weights, routing("random", 8, jax.random.key(0)), *stacks)
 
 
+@pytest.mark.parametrize(
+    ("shape", "platform", "told"),
+    [
+        ({"expert": 1, "model": 8}, "tpu", "expert=1,model=8 would collect over none and exchange over none"),
+        ({"expert": 8, "model": 1}, "tpu", "expert=8,model=1 would collect over none and exchange over expert"),
+        (
+            {"expert": 4, "model": 4},
+            "gpu",
+            "expert=4,model=4 would collect over none and exchange over expert and model",
+        ),
+    ],
+)
+def test_no_ring(shape, platform, told):
+    rules = {**RULES["serve"], "batch": ("data", "expert", *["model"] * (platform == "gpu"))}
+    place = moe_parallel.island({"data": 1, "fsdp": 1, **shape}, rules)
+    x, weights, *stacks = arrays(8)
+    with pytest.raises(ValueError, match=f"'ring' collects .*{told}; use all_to_all"):
+        moe_parallel.run(
+            "ring", moe.grouped, place, platform, x, weights, routing("random", 8, jax.random.key(0)), *stacks
+        )
+
+
 # Compiled for accelerators that are not here.
 
 

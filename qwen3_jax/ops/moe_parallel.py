@@ -13,8 +13,8 @@ five algorithms, every one dropless for every routing:
     ragged_all_to_all  the same, sending only what a block holds; TPU and GPU only, XLA's CPU backend has no such
                        collective
     ring               all_to_all from neighbour to neighbour, half of the rows while the other half is multiplied: for
-                       TPUs, where an all-to-all stands still. Where one shared axis is collected and one exchanged
-                       over, otherwise it is all_to_all; see `moe_ring`
+                       TPUs, where an all-to-all stands still. Only where one shared axis is collected and one exchanged
+                       over; see `moe_ring`
 
 `choose` says which one runs. Axis letters: R rows of this device, C choices per row, E experts here, D hidden.
 """
@@ -155,7 +155,7 @@ def run(
         [R, D], complete on every device.
 
     Raises:
-        ValueError: the algorithm is none of them.
+        ValueError: the algorithm is none of them, or the mesh has no ring.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"MoE algorithm {algorithm!r} is unknown: use {', '.join(ALGORITHMS)}")
@@ -164,7 +164,13 @@ def run(
         return _collected(algorithm, moe, place, x, weights, experts, *stacks)
     over = exchange_axes(place, experts.shape[1], platform)
     if algorithm == "ring" and not _has_ring(place, over):
-        algorithm = "all_to_all"
+        sizes = ",".join(f"{axis}={size}" for axis, size in place.sizes)
+        split = [axis for axis in place.shared if place.ways((axis,)) > 1]
+        collected, exchanged = (" and ".join(a for a in split if (a in over) == there) or "none" for there in (0, 1))
+        raise ValueError(
+            f"MoE algorithm 'ring' collects rows over one mesh axis and exchanges them over one more: {sizes} would "
+            f"collect over {collected} and exchange over {exchanged}; use all_to_all, or None to let the mesh decide"
+        )
     return _exchanged(algorithm, moe, place, over, room, x, weights, experts, *stacks)
 
 
