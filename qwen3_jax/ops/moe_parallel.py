@@ -31,7 +31,7 @@ from jax import lax
 
 from qwen3_jax.ops import moe_ring
 from qwen3_jax.ops.moe import round_up, sum_of_rounds
-from qwen3_jax.ops.routes import pack, unpack
+from qwen3_jax.ops.routes import Routing, pack, unpack
 
 ALGORITHMS = ("replicated", "gather", "all_to_all", "ragged_all_to_all", "ring")
 FEW_ROWS = 128
@@ -233,8 +233,7 @@ def _exchanged(
     if algorithm == "ring":
         targets, parts = moe_ring.target(targets, local, E, over[0]), moe_ring.HALVES
     group = place.ways(place.shared)
-    wanted = jnp.any(targets == jnp.arange(group * parts)[:, None, None], axis=2)
-    sent = jnp.sum(wanted, axis=1, dtype=jnp.int32)
+    routing = Routing.of(targets, local, group * parts)
     if room is None:
         mean = R * needed(place, C, parts)
         room = round_up(math.ceil(mean + 3 * math.sqrt(mean)), 8 * parts)
@@ -244,15 +243,13 @@ def _exchanged(
         step = partial(moe_ring.one_exchange, moe, over[0], along, min(room, R), likely)
     else:
         step = partial(_one_exchange, algorithm, moe, place, collected, min(room, R), likely)
-    at = jnp.where(wanted, jnp.cumsum(wanted, axis=1, dtype=jnp.int32) - 1, -1)
-    routing = (jnp.argsort(~wanted, axis=1), at, targets, local, sent)
     arrays = (x, weights, *stacks)
     if room >= R:
         out = step(jnp.zeros(own.shape, own.dtype), jnp.int32(0), routing, arrays)
     else:
         # All devices must take part in every exchange, so all run as many as the fullest pair of devices needs. They
         # agree on that before they begin: while rows travel, a small reduction would wait for all of them.
-        fullest = lax.pmax(jnp.max(sent), tuple(dict(place.sizes)))
+        fullest = lax.pmax(jnp.max(routing.sent), tuple(dict(place.sizes)))
         fullest, routing = lax.optimization_barrier((fullest, routing))
         out = sum_of_rounds(step, lax.div(fullest + (room - 1), jnp.int32(room)), routing, arrays, like=own)
     return lax.psum(out, others)
@@ -292,28 +289,20 @@ def _one_exchange(
     likely: int,
     total: jax.Array,
     k: jax.Array | int,
-    routing: tuple[jax.Array, ...],
+    routing: Routing,
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Return the total of this device's own rows with what the k-th `room` rows for each peer add.
 
     Args:
         collected: the axes whose rows are in `arrays`, and over which what they get is summed and split again.
-        routing: order [group, R], for each peer first the rows that it is sent; at [group, R], where in that order a
-            row stands, or -1; peer and local [R, C], where an expert is, and its number there; sent [group].
+        routing: to the peers.
     """
-    order, at, peer, local, sent = routing
     x, weights, *stacks = arrays
-    R, C = weights.shape
-    E = stacks[0].shape[0]
-    group = sent.shape[0]
-    outgoing = jnp.clip(sent - k * room, 0, room)
+    C, group = weights.shape[1], routing.sent.shape[0]
+    outgoing = jnp.clip(routing.sent - k * room, 0, room)
     incoming = lax.all_to_all(outgoing, place.shared, split_axis=0, concat_axis=0, tiled=True)
-    slot = k * room + jnp.arange(room, dtype=jnp.int32)
-    row = order[:, jnp.minimum(slot, R - 1)]
-    real = slot < sent[:, None]
-    there = (peer[row] == jnp.arange(group)[:, None, None]) & real[:, :, None]
-    routes = pack(weights[row].reshape(-1, C), jnp.where(there, local[row], E).reshape(-1, C), x.dtype)
+    row, routes = routing.in_round(k, room, weights, stacks[0].shape[0], x.dtype)
     # A row's routes lie along the lanes: as [.., 3C] they would be padded to 128.
     routes = routes.reshape(group, room, 3 * C).swapaxes(1, 2)
     routes = lax.all_to_all(routes, place.shared, split_axis=0, concat_axis=0, tiled=True)
@@ -322,7 +311,7 @@ def _one_exchange(
     theirs = swap(x[row.reshape(-1)], outgoing, incoming)
     done = swap(moe(theirs, their_weights, their_experts, *stacks, expected=likely), incoming, outgoing)
     out = jnp.zeros(x.shape, jnp.float32)
-    for back, slots in zip(jnp.split(done, group), at - k * room, strict=True):
+    for back, slots in zip(jnp.split(done, group), routing.at - k * room, strict=True):
         here = (slots >= 0) & (slots < room)
         out += jnp.where(here[:, None], back[jnp.clip(slots, 0, room - 1)].astype(jnp.float32), 0)
     out = out.astype(x.dtype)

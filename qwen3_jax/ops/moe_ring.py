@@ -18,7 +18,7 @@ from jax import lax
 
 from qwen3_jax.ops import ring
 from qwen3_jax.ops.moe import Turn
-from qwen3_jax.ops.routes import pack, unpack
+from qwen3_jax.ops.routes import Routing, unpack
 
 HALVES = 2
 
@@ -43,7 +43,7 @@ def one_exchange(
     likely: int,
     total: jax.Array,
     k: jax.Array | int,
-    routing: tuple[jax.Array, ...],
+    routing: Routing,
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Return the total of this device's own rows with what the k-th `room` rows for each target add.
@@ -55,18 +55,13 @@ def one_exchange(
         axis: of the ring; n is at least 2.
         along: the axis whose devices hold the same rows, over which the results are summed and split.
         likely: how many routes of a round probably name an expert that is here.
-        routing: order [2n, R], for each target first the rows that it is sent; at [2n, R], where in that order a row
-            stands, or -1; targets and local [R, C]; sent [2n].
+        routing: to what `target` returns, 2n.
         arrays: rows [R, D], weights [R, C], and the experts' stacks.
     """
-    order, at, targets, local, sent = routing
     x, weights, *stacks = arrays
     (R, C), D = weights.shape, x.shape[1]
-    E, n = stacks[0].shape[0], sent.shape[0] // HALVES
-    slot = k * room + jnp.arange(room, dtype=jnp.int32)
-    row = order[:, jnp.minimum(slot, R - 1)]
-    there = (targets[row] == jnp.arange(HALVES * n)[:, None, None]) & (slot < sent[:, None])[:, :, None]
-    routes = pack(weights[row].reshape(-1, C), jnp.where(there, local[row], E).reshape(-1, C), x.dtype)
+    E, n = stacks[0].shape[0], routing.sent.shape[0] // HALVES
+    row, routes = routing.in_round(k, room, weights, E, x.dtype)
     # A row's routes lie along the lanes: as [.., 3C] they would be padded to 128.
     routes = _there(routes.reshape(n, HALVES, room, 3 * C).swapaxes(2, 3), axis).swapaxes(2, 3)
 
@@ -95,7 +90,7 @@ def one_exchange(
 
     def share(begin: jax.Array | int, rows: int) -> jax.Array:
         """Sum what has come back for some rows."""
-        slots = lax.dynamic_slice_in_dim(at, begin, rows, axis=1) - k * room
+        slots = lax.dynamic_slice_in_dim(routing.at, begin, rows, axis=1) - k * room
         here = (slots >= 0) & (slots < room)
         slots = jnp.clip(slots, 0, room - 1) + room * jnp.arange(HALVES * n, dtype=jnp.int32)[:, None]
         each = done[slots.reshape(-1)].reshape(HALVES * n, rows, D).astype(jnp.float32)
