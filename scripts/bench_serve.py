@@ -28,9 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +48,9 @@ AIMS = {
     "host": "≤ 1.0 ms",
     "prefix": "≤ 15%",
     "interference": "≤ 3.0",
+    "logprobs": "≤ 1.2",
 }
+PARTS = ("loads", "prefix", "interference", "host", "logprobs", "deterministic")
 
 
 @dataclass
@@ -84,10 +86,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class Job:
-    """One request: token ids, and how many to generate."""
+    """One request: token ids, how many to generate, and the alternatives per token of answer and prompt, if any."""
 
     prompt: list[int]
     tokens: int
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 class Target(Protocol):
@@ -119,7 +123,7 @@ class InProcess:
         from qwen3_jax.sampling_params import SamplingParams
 
         loop, done = asyncio.get_running_loop(), asyncio.Event()
-        params = SamplingParams(temperature=0.0, max_tokens=job.tokens, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=job.tokens, ignore_eos=True, logprobs=job.logprobs)
         request = self.engine.requests.make(job.prompt, params)
         trace = Trace.begin(trace)
 
@@ -129,7 +133,7 @@ class InProcess:
             if update.completion is not None:
                 loop.call_soon_threadsafe(done.set)
 
-        self.engine.submit(request, hear)
+        self.engine.submit(request, hear, prompt_logprobs=job.prompt_logprobs)
         await done.wait()
         assert trace.tokens == job.tokens
         return trace
@@ -428,35 +432,61 @@ class Bench:
         }
 
     def host(self) -> None:
-        """What a step costs on the host at 32 rows, one token per step: as the engine counts it, and its scheduler's
-        share alone."""
+        """What a step costs the host at 32 rows, as the engine counts it: one token per call, and as many as it takes
+        by default; and its scheduler's share alone."""
         from qwen3_jax.engine.observer import Observer
+        from qwen3_jax.engine.options import EngineOptions
 
         seen: list[float] = []
 
         class Watch(Observer):
             def step(self, *, host_s: float, rows: int, prompt_tokens: int, generated_tokens: int) -> None:
-                if rows == 32 and not prompt_tokens:
-                    seen.append(host_s)
+                if rows == 32 and not prompt_tokens and generated_tokens:
+                    seen.append(host_s * 32 / generated_tokens)
 
-        target = self.ours("32 rows", Watch(), rows=32, cache_tokens=4096, decode_tokens=1)
-        self.note("32 rows, one token per step")
-        asyncio.run(closed_loop(target, jobs(32, prefix=0, own=8, tokens=64, seed=3), 32))
+        for name, most in (("one", 1), ("many", EngineOptions.decode_tokens)):
+            seen.clear()
+            target = self.ours("32 rows", Watch(), rows=32, cache_tokens=4096, decode_tokens=most)
+            self.note(f"32 rows, {most} tokens per call")
+            asyncio.run(closed_loop(target, jobs(32, prefix=0, own=8, tokens=64, seed=3), 32))
+            target.close()
+            self.results.setdefault("host", {})[name] = {
+                "tokens_per_call": most,
+                "calls": len(seen),
+                "p50_s": quantile(seen, 0.5),
+                "p99_s": quantile(seen, 0.99),
+            }
+        self.results["host"]["scheduler_p50_s"] = scheduler_cost(32)
+
+    def logprobs(self) -> None:
+        """What log-probabilities cost, with 5 alternatives: of answers, per step of 16 rows, and of a prompt, its
+        TTFT."""
+        from qwen3_jax.engine.observer import Observer
+
+        target = self.ours("logprobs", Observer(), rows=ROWS, prefix_cache=False)
+        steps: dict[str, list[float]] = {"without": [], "with": []}
+        first: dict[str, list[float]] = {"without": [], "with": []}
+        for seed in range(2 if self.args.quick else 5):
+            self.note(f"log-probabilities, {seed}")
+            for name, asked in (("without", None), ("with", 5)):
+                some = jobs(ROWS, prefix=0, own=16, tokens=33, seed=seed)
+                traces = asyncio.run(closed_loop(target, [replace(job, logprobs=asked) for job in some], ROWS))
+                begun = max(trace.deliveries[0][0] for trace in traces)
+                steps[name] += [gap for trace in traces for gap in trace.gaps(since=begun)]
+                long = jobs(1, prefix=0, own=512, tokens=1, seed=100 + seed)[0]
+                first[name].append(asyncio.run(target.ask(replace(long, prompt_logprobs=asked))).first_s)
         target.close()
-        self.results["host"] = {
-            "steps": len(seen),
-            "p50_s": quantile(seen, 0.5),
-            "p99_s": quantile(seen, 0.99),
-            "scheduler_p50_s": scheduler_cost(32),
+        medians = {
+            f"{k}_{name}_s": statistics.median(v[name]) for k, v in (("step", steps), ("prompt", first)) for name in v
+        }
+        self.results["logprobs"] = medians | {
+            f"{k}_ratio": medians[f"{k}_with_s"] / medians[f"{k}_without_s"] for k in ("step", "prompt")
         }
 
     def run(self) -> None:
-        parts: dict[str, Callable[[], None]] = {
-            name: getattr(self, name) for name in ("loads", "prefix", "interference", "host", "deterministic")
-        }
-        for name, part in parts.items():
+        for name in PARTS:
             if name in self.args.only:
-                part()
+                getattr(self, name)()
                 self.save()
 
     def save(self) -> None:
@@ -518,14 +548,24 @@ def table(results: dict[str, Any]) -> str:
             rows.append((f"throughput, {load}, over one at a time", f"{ours / alone:.2f}", AIMS["throughput"]))
             rows.append((f"throughput, {load}, over transformers", f"{ours / theirs:.2f}", ""))
     if r := results.get("host"):
-        rows.append(("host per step, 32 rows, p50", f"{r['p50_s'] * 1e3:.2f} ms", AIMS["host"]))
-        rows.append(("of that the scheduler alone", f"{r['scheduler_p50_s'] * 1e3:.2f} ms", ""))
+        for name in ("one", "many"):
+            what = f"host per step, 32 rows, {r[name]['tokens_per_call']} tokens per call, p50".replace(
+                " 1 tokens", " 1 token"
+            )
+            rows.append((what, f"{r[name]['p50_s'] * 1e3:.2f} ms", AIMS["host"]))
+        rows.append(("the scheduler alone, 1 token per call", f"{r['scheduler_p50_s'] * 1e3:.2f} ms", ""))
     if r := results.get("prefix"):
         cached = f"{statistics.median(r['cached_s']):.2f} of {statistics.median(r['uncached_s']):.2f} s"
         rows.append(("TTFT with a cached 2k prefix", f"{r['ratio']:.1%}: {cached}", AIMS["prefix"]))
     if r := results.get("interference"):
         times = f"{r['loaded_p99_s'] * 1e3:.0f} over {r['unloaded_p50_s'] * 1e3:.0f} ms"
         rows.append(("inter-token p99 beside a 4k prefill over p50 without", f"{r['ratio']:.2f}: {times}", "≤ 3.0"))
+    if r := results.get("logprobs"):
+        for name, what in (("step", "step of 16 rows"), ("prompt", "TTFT of 512 tokens")):
+            times = f"{r[f'{name}_with_s'] * 1e3:.0f} over {r[f'{name}_without_s'] * 1e3:.0f} ms"
+            rows.append(
+                (f"{what} with log-probabilities over without", f"{r[f'{name}_ratio']:.2f}: {times}", AIMS["logprobs"])
+            )
     if r := results.get("deterministic"):
         rows.append(("throughput that determinism costs", f"{r['cost']:.1%}", ""))
     return "\n".join(
@@ -537,18 +577,17 @@ def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         work(*sys.argv[2:])
         return
-    names = ["loads", "prefix", "interference", "host", "deterministic"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter requests; Poisson only for batches")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=names, help=",".join(names))
-    parser.add_argument("--http", action="store_true", help="our side over HTTP (host: always in process)")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=PARTS, help=",".join(PARTS))
+    parser.add_argument("--http", action="store_true", help="our side over HTTP (host and logprobs: always in process)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--chunk-tokens", type=int, default=64, help="prompt tokens per prefill call of our engines")
     parser.add_argument("--folder", help="keep the random weights here and use them again; 1.5 or 3 GB")
     parser.add_argument("--out", default="bench_serve.json")
     args = parser.parse_args()
-    if unknown := set(args.only) - set(names):
-        parser.error(f"--only {','.join(sorted(unknown))}: one or more of {','.join(names)}")
+    if unknown := set(args.only) - set(PARTS):
+        parser.error(f"--only {','.join(sorted(unknown))}: one or more of {','.join(PARTS)}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     place = Path(args.folder or tempfile.mkdtemp(prefix="bench_serve_"))
     try:

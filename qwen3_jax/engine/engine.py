@@ -71,7 +71,7 @@ class Engine:
         self._load = self._stepper.load()
         self._thread: threading.Thread | None = None
         self._stopping = self._draining = False
-        self._elsewhere_s = 0.0  # of this turn, spent in calls
+        self._elsewhere_s = 0.0  # of this turn, spent in calls, on the processor
 
     # From any thread
 
@@ -138,13 +138,13 @@ class Engine:
         future: Future[T] = Future()
 
         def run() -> None:
-            began = time.perf_counter()
+            began = time.thread_time()
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
-            self._elsewhere_s += time.perf_counter() - began
+            self._elsewhere_s += time.thread_time() - began
             self._calls.discard(future)
 
         with self._news:
@@ -282,7 +282,7 @@ class Engine:
 
     def _turn(self) -> None:
         """Take in what came, and let the stepper take its turn."""
-        began, self._elsewhere_s = time.perf_counter(), 0.0
+        began, self._elsewhere_s = time.thread_time(), 0.0
         self._take_in()
         turn = self._stepper.turn()
         with self._news:
@@ -291,7 +291,7 @@ class Engine:
                 self._news.notify_all()
         if turn.plan or turn.generated:
             self.observer.step(
-                host_s=time.perf_counter() - began - turn.waited_s - self._elsewhere_s,
+                host_s=time.thread_time() - began - self._elsewhere_s,
                 rows=len(turn.plan.decode),
                 prompt_tokens=sum(chunk.length for chunk in turn.plan.prefill),
                 generated_tokens=turn.generated,

@@ -14,8 +14,9 @@ class Observer:
         """Hear of one turn of the engine's loop.
 
         Args:
-            host_s: seconds that scheduling, laying out, dispatching and reading took on the host, waiting for the
-                device not included.
+            host_s: processor seconds that the engine's thread took to schedule, lay out, dispatch and read. On a CPU
+                the computation itself runs on other threads, and competes for the same cores: wall-clock time would
+                count its turns too.
             rows: sequences in the decode batch.
             prompt_tokens: computed by the prefill calls of this turn.
             generated_tokens: read in this turn.

@@ -43,11 +43,10 @@ class Flight:
 
 @dataclass(slots=True)
 class Turn:
-    """What one turn did: its plan, the tokens it read, and the seconds it waited for the device."""
+    """What one turn did: its plan, and the tokens it read."""
 
     plan: Plan
     generated: int = 0
-    waited_s: float = 0.0
 
 
 class Stepper:
@@ -212,12 +211,10 @@ class Stepper:
 
     def _commit(self, flight: Flight, turn: Turn) -> None:
         """Read a flight, hand its tokens out and tell the scheduler."""
-        began = time.perf_counter()
         decoded, firsts, scores = distributed.fetch(
             (flight.decoded, [out for *_, out in flight.firsts], [out for *_, out in flight.scores])
         )
         now = time.perf_counter()
-        turn.waited_s += now - began
         for (job, first, count, _), values in zip(flight.scores, scores, strict=True):
             job.take_scores(first, count, values)
         tokens: dict[int, tuple[int, ...]] = {}

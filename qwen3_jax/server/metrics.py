@@ -77,7 +77,7 @@ class Metrics(Observer):
         self._choices = size("request_params_n", "Choices asked for.", (1, 2, 5, 10, 20, 50, 100))
         self._step_size = size("iteration_tokens_total", "Tokens computed in one turn of the engine.", TOKENS)
         self._preempted_size = size("request_num_preemptions", "How often a request was preempted.", FEW)
-        self._host_s = time_("step_host_time_seconds", "What the host did in one turn, not waiting.", HOST_S)
+        self._host_s = time_("step_host_time_seconds", "Processor time of one turn on the host.", HOST_S)
 
         labels = ("method", "route", "status")
         self._http = Counter("qwen3:http_requests", "HTTP answers.", labels, registry=self.registry)
