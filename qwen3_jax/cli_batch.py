@@ -23,7 +23,18 @@ class BatchUsageError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Files:
+    """What is read, and what is written."""
+
+    requests: Positional[Annotated[Path, arg(metavar="IN", help="JSON lines")]]
+    answers: Positional[Annotated[Path, arg(metavar="OUT", help="JSON lines, appended to")]]
+    model: Annotated[
+        str, arg(metavar="DIR", help="model folder or hub id", help_behavior_hint="(default: the one in the package)")
+    ] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch(flags.Served, Files):
     """Answer a file of requests in OpenAI's batch format.
 
     Every line of IN is {"custom_id", "method": "POST", "url", "body"} with the url /v1/chat/completions,
@@ -31,20 +42,6 @@ class Batch:
     same command goes on where it was. Exit code 1 if a request was refused or failed: OUT says which.
     """
 
-    requests: Positional[Annotated[Path, arg(metavar="IN", help="JSON lines")]]
-    answers: Positional[Annotated[Path, arg(metavar="OUT", help="JSON lines, appended to")]]
-    model: Annotated[
-        str, arg(metavar="DIR", help="model folder or hub id", help_behavior_hint="(default: the one in the package)")
-    ] = ""
-    served_model_name: flags.ServedNames = ()
-    dtype: flags.Dtype = None
-    mesh: flags.Mesh = None
-    compile_cache: flags.CompileCache = None
-    rows: flags.Rows = EngineOptions.rows
-    cache_tokens: flags.CacheTokens = None
-    page_tokens: flags.PageTokens = EngineOptions.page_tokens
-    chunk_tokens: flags.ChunkTokens = None
-    decode_tokens: flags.DecodeTokens = EngineOptions.decode_tokens
     no_deterministic: flags.NoDeterministic = False
 
     def run(self) -> int:
@@ -53,9 +50,7 @@ class Batch:
             from qwen3_jax.server.options import ServerOptions
         except ImportError as error:
             raise BatchUsageError(f"{error.name} is missing: pip install 'qwen3-jax[serve]'") from None
-        same = ("rows", "cache_tokens", "page_tokens", "chunk_tokens", "decode_tokens")
-        engine_options = EngineOptions(
-            **{name: getattr(self, name) for name in same},
+        engine_options = self.engine_options_with(
             # Every request at work has at most 128 choices, of which the rows take some.
             max_waiting=2 * self.rows * ServerOptions.max_choices,
             deterministic=not self.no_deterministic,
@@ -76,19 +71,11 @@ class Batch:
     def _answer(
         self, index: "Index", results: "Results", options: Any, engine_options: EngineOptions, show: "Show"
     ) -> "Tally":
-        from qwen3_jax.loaded import load_model
         from qwen3_jax.server.app import create_app
         from qwen3_jax.server.batch import run
         from qwen3_jax.server.engines import engine_for
 
-        model = load_model(
-            self.model or Path(__file__).parent / "demo",
-            dtype=self.dtype,
-            mesh=self.mesh,
-            backbone=None,
-            cache=self.compile_cache,
-        )
-        engine = engine_for(model, engine_options)
+        engine = engine_for(self.load(self.model), engine_options)
         engine.start(show.note)
         try:
             return asyncio.run(

@@ -1,17 +1,20 @@
 """What the subcommands share: options, each said once, and errors about them. See `cli` for the rest."""
 
-from typing import Annotated, Literal
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
+
+from qwen3_jax.engine.options import EngineOptions
+
+if TYPE_CHECKING:
+    from qwen3_jax.loaded import LoadedModel
 
 OK = 0  # exit code
 
 Folder = Annotated[str, arg(metavar="DIR", help="model folder, Hugging Face or Orbax; or a hub id")]
 Json = Annotated[bool, arg(help="print JSON for machines", help_behavior_hint="")]
-ServedNames = Annotated[
-    tuple[str, ...],
-    arg(metavar="NAME [NAME ...]", help="what requests call it", help_behavior_hint="(default: the folder's name)"),
-]
 Dtype = Annotated[
     Literal["float32", "bfloat16"] | None,
     arg(
@@ -36,20 +39,63 @@ CompileCache = Annotated[
         help_behavior_hint="(default: $QWEN3_JAX_COMPILE_CACHE, else the user's cache folder)",
     ),
 ]
-Rows = Annotated[int, arg(metavar="N", help="requests decoded together")]
-CacheTokens = Annotated[
-    int | None,
-    arg(metavar="N", help="tokens of KV cache", help_behavior_hint="(default: rows * min(context, 4096))"),
-]
-PageTokens = Annotated[int, arg(metavar="N", help="tokens per page of it")]
-ChunkTokens = Annotated[
-    int | None,
-    arg(metavar="N", help="prompt tokens per prefill call", help_behavior_hint="(default: 64 on a CPU, else 512)"),
-]
-DecodeTokens = Annotated[int, arg(metavar="N", help="tokens per decode call when nobody waits")]
 NoDeterministic = Annotated[
     bool, arg(help="let results depend on what runs beside them, where that is faster", help_behavior_hint="")
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What `serve` and `batch` share: how to load a model, and the sizes of the engine that it runs in.
+
+    A dataclass has the fields of its last base first, on the command line as in its constructor: what else a subcommand
+    wants to begin with goes into a base behind this one.
+    """
+
+    served_model_name: Annotated[
+        tuple[str, ...],
+        arg(metavar="NAME [NAME ...]", help="what requests call it", help_behavior_hint="(default: the folder's name)"),
+    ] = ()
+    dtype: Dtype = None
+    mesh: Mesh = None
+    compile_cache: CompileCache = None
+    rows: Annotated[int, arg(metavar="N", help="requests decoded together")] = EngineOptions.rows
+    cache_tokens: Annotated[
+        int | None,
+        arg(metavar="N", help="tokens of KV cache", help_behavior_hint="(default: rows * min(context, 4096))"),
+    ] = None
+    page_tokens: Annotated[int, arg(metavar="N", help="tokens per page of it")] = EngineOptions.page_tokens
+    chunk_tokens: Annotated[
+        int | None,
+        arg(metavar="N", help="prompt tokens per prefill call", help_behavior_hint="(default: 64 on a CPU, else 512)"),
+    ] = None
+    decode_tokens: Annotated[int, arg(metavar="N", help="tokens per decode call when nobody waits")] = (
+        EngineOptions.decode_tokens
+    )
+
+    def load(self, folder: str, *, progress: bool = False) -> "LoadedModel":
+        """Load a model, of whatever kind, to serve it; "" is the one in the package."""
+        from qwen3_jax.loaded import load_model
+
+        return load_model(
+            folder or Path(__file__).parent / "demo",
+            dtype=self.dtype,
+            mesh=self.mesh,
+            backbone=None,
+            cache=self.compile_cache,
+            progress=progress,
+        )
+
+    def engine_options_with(self, **others: Any) -> EngineOptions:
+        """Return these sizes and the other options; raises EngineOptionError."""
+        return EngineOptions(
+            rows=self.rows,
+            cache_tokens=self.cache_tokens,
+            page_tokens=self.page_tokens,
+            chunk_tokens=self.chunk_tokens,
+            decode_tokens=self.decode_tokens,
+            **others,
+        )
 
 
 class UsageError(ValueError):

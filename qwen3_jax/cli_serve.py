@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
@@ -22,12 +21,8 @@ def _file(help: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Serve:
-    """Serve a model over HTTP, with the OpenAI API and a chat page at /.
-
-    SIGTERM lets requests end, then the server; exit code 0. If the engine fails, /health is 503 and the exit code 1.
-    Everything but /health needs the API key when one is set.
-    """
+class Door:
+    """What is served where, and to whom."""
 
     folder: Positional[
         Annotated[
@@ -41,16 +36,16 @@ class Serve:
         tuple[str, ...],
         arg(metavar="KEY [KEY ...]", help=f"any of them opens the server; better in ${KEY}", help_behavior_hint=""),
     ] = ()
-    served_model_name: flags.ServedNames = ()
-    dtype: flags.Dtype = None
-    mesh: flags.Mesh = None
-    compile_cache: flags.CompileCache = None
 
-    rows: flags.Rows = EngineOptions.rows
-    cache_tokens: flags.CacheTokens = None
-    page_tokens: flags.PageTokens = EngineOptions.page_tokens
-    chunk_tokens: flags.ChunkTokens = None
-    decode_tokens: flags.DecodeTokens = EngineOptions.decode_tokens
+
+@dataclasses.dataclass(frozen=True)
+class Serve(flags.Served, Door):
+    """Serve a model over HTTP, with the OpenAI API and a chat page at /.
+
+    SIGTERM lets requests end, then the server; exit code 0. If the engine fails, /health is 503 and the exit code 1.
+    Everything but /health needs the API key when one is set.
+    """
+
     max_waiting: Annotated[int, arg(metavar="N", help="queued requests; more get 503")] = EngineOptions.max_waiting
     max_waiting_tokens: Annotated[
         int | None, arg(metavar="N", help="queued prompt tokens", help_behavior_hint="(default: unlimited)")
@@ -116,16 +111,7 @@ class Serve:
     def _load(self, *, progress: bool) -> Any:
         import jax
 
-        from qwen3_jax.loaded import load_model
-
-        model = load_model(
-            self.folder or Path(__file__).parent / "demo",
-            dtype=self.dtype,
-            mesh=self.mesh,
-            backbone=None,
-            cache=self.compile_cache,
-            progress=progress,
-        )
+        model = self.load(self.folder, progress=progress)
         if model.backbone and jax.process_count() > 1:
             raise ServeError(
                 f"{model.name} is an embedding model: serve it from one process, not {jax.process_count()}"
@@ -171,9 +157,8 @@ class Serve:
         )
 
     def _engine_options(self) -> EngineOptions:
-        same = ("rows", "cache_tokens", "page_tokens", "chunk_tokens", "decode_tokens", "max_waiting")
-        return EngineOptions(
-            **{name: getattr(self, name) for name in same},
+        return self.engine_options_with(
+            max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
             prefix_cache=not self.no_prefix_cache,
             deterministic=not self.no_deterministic,
