@@ -26,7 +26,7 @@ from qwen3_jax.plan.chips import ChipError, Topology, topology
 from qwen3_jax.plan.cost import Cost, walk
 from qwen3_jax.plan.meshes import Candidate, floor_s, problems, rank
 from qwen3_jax.plan.programs import PHASES, bytes_per_device, programs, rows_of
-from qwen3_jax.plan.result import Memory, Plan, PlanError, Refused, Step, mesh_name
+from qwen3_jax.plan.result import Memory, Plan, PlanError, Refused, Step, mesh_name, none_fits
 from qwen3_jax.sharding import ShardingError, make_mesh, parse_mesh
 
 # Without the first, libtpu asks a metadata server that only Google's machines have; without the second, a second
@@ -130,16 +130,10 @@ def compile_step(
     if phase != "first":
         rules = PHASES[phase].rules
         _, own = bytes_per_device(config, sizes, batch=rows, rules=rules, **shape)
-    used = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Step(
         tokens=rows * context if phase == "prefill" else rows,
-        # Padding of arguments to tiles counts as temporary; the cache of rows that this phase does not touch is there.
-        memory=Memory(
-            weights=weights,
-            cache=cache,
-            temp=analysis.temp_size_in_bytes + max(0, used - weights - own),
-            code=analysis.generated_code_size_in_bytes,
-        ),
+        # The cache of rows that this phase does not touch is there.
+        memory=Memory.of(analysis, state=weights + own, weights=weights, cache=cache),
         cost=cost,
         aliased_bytes=analysis.alias_size_in_bytes,
         compile_s=seconds,
@@ -241,9 +235,7 @@ def plan(
 
     ranked, refused = rank(config, found, phases=phases, **shape)
     if not ranked:
-        nearest = sorted(refused, key=lambda r: r.over_bytes)[:2]
-        reasons = "; ".join(f"{mesh_name(r.mesh)}: {r.reason}" for r in nearest)
-        raise PlanError(f"no mesh of {found} holds {name} at batch {batch} and context {context}: {reasons}")
+        raise none_fits(f"no mesh of {found} holds {name} at batch {batch} and context {context}", refused)
     close = [c for c in ranked[:compile_best] if c.score <= CLOSE * ranked[0].score]
     refused += [Refused(c.mesh, f"estimated {_against(c, ranked[0])}") for c in ranked[len(close) :]]
     order, losses = [c.mesh for c in close], {}

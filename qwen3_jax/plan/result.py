@@ -5,6 +5,7 @@ of those that fit.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,16 @@ class Memory:
     code: int
     optimizer: int = 0
     """Of training: the moments, and master weights."""
+
+    @classmethod
+    def of(cls, analysis: Any, *, state: int, weights: int, cache: int = 0, optimizer: int = 0) -> "Memory":
+        """Read the compiler's account of a program whose arguments hold `state` bytes of weights, cache and moments.
+
+        What else its arguments and results take counts as temporary: rows, and padding to tiles.
+        """
+        used = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        temp = analysis.temp_size_in_bytes + max(0, used - state)
+        return cls(weights, cache, temp, analysis.generated_code_size_in_bytes, optimizer)
 
     @property
     def total(self) -> int:
@@ -65,6 +76,12 @@ class Refused:
     reason: str
     over_bytes: float = math.inf
     """By how much it does not fit a chip, if that is the reason."""
+
+
+def none_fits(said: str, refused: Sequence[Refused]) -> PlanError:
+    """Return an error with the reasons of the two meshes that were nearest to fitting."""
+    nearest = sorted(refused, key=lambda r: r.over_bytes)[:2]
+    return PlanError(f"{said}: {'; '.join(f'{mesh_name(r.mesh)}: {r.reason}' for r in nearest)}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from qwen3_jax.plan.chips import Chip, Topology
 from qwen3_jax.plan.compile import compiled, devices_of, mesh_of, subject, text_file
 from qwen3_jax.plan.meshes import Shape, meshes
 from qwen3_jax.plan.programs import bytes_per_device
-from qwen3_jax.plan.result import Memory, Plan, PlanError, Refused, Step, gb, mesh_name
+from qwen3_jax.plan.result import Memory, Plan, PlanError, Refused, Step, gb, mesh_name, none_fits
 from qwen3_jax.sharding import make_mesh
 from qwen3_jax.train import build, objectives, optim, stacked
 from qwen3_jax.train.step import RefusalConfig, TrainStep
@@ -73,9 +73,7 @@ def plan(
     if mesh == "auto":
         ranked, refused = rank(config, found, batch=batch, context=context, dtype=dtype)
         if not ranked:
-            nearest = sorted(refused, key=lambda r: r.over_bytes)[:2]
-            reasons = "; ".join(f"{mesh_name(r.mesh)}: {r.reason}" for r in nearest)
-            raise PlanError(f"no mesh of {found} trains {name} at batch {batch} and context {context}: {reasons}")
+            raise none_fits(f"no mesh of {found} trains {name} at batch {batch} and context {context}", refused)
         sizes, best = ranked[0]
         losers = [Refused(c.mesh, f"estimated {c.seconds * 1e3:.0f} ms (chosen {best * 1e3:.0f})") for c in ranked[1:]]
         refused = losers + refused
@@ -131,19 +129,11 @@ def compile_step(
     cost, analysis, seconds = compiled(lambda: step.lower(1, batch, context), found, hlo_file=hlo_file)
     state = step.abstract_state()
     weights, optimizer = bytes_of(state["params"]), bytes_of(state["opt"])
-    used = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     flops = model_flops(config, batch, context) / found.devices
     moved_s = 2 * (weights + optimizer) / found.chip.hbm_bytes_s  # the state is read and written once
     return Step(
         tokens=batch * context,
-        # Padding of arguments to tiles counts as temporary, and so do the rows and the metrics.
-        memory=Memory(
-            weights=weights,
-            cache=0,
-            temp=analysis.temp_size_in_bytes + max(0, used - weights - optimizer),
-            code=analysis.generated_code_size_in_bytes,
-            optimizer=optimizer,
-        ),
+        memory=Memory.of(analysis, state=weights + optimizer, weights=weights, optimizer=optimizer),
         cost=cost,
         aliased_bytes=analysis.alias_size_in_bytes,
         compile_s=seconds,
