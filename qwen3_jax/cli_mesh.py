@@ -9,10 +9,15 @@ from typing import Annotated, Any, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from qwen3_jax.cli_options import Json
+
 Model = Annotated[str, arg(metavar="MODEL", help="a released name (see `qwen3-jax models`) or a model folder")]
 Rules = Annotated[Literal["serve", "train"], arg(help="which table of `sharding.RULES`")]
 CacheDtype = Annotated[Literal["float32", "bfloat16"], arg(help="of parameters and cache")]
-Json = Annotated[bool, arg(help="print JSON for machines", help_behavior_hint="")]
+CacheRows = Annotated[
+    int | None, arg(metavar="N", help="rows of the cache", help_behavior_hint="(default: one per part)")
+]
+CacheSlots = Annotated[int, arg(metavar="N", help="cache slots per row")]
 AXES = "axis sizes, as in data=1,expert=4,model=4"
 
 
@@ -31,10 +36,8 @@ class Shardings:
     mesh: Annotated[str, arg(metavar="AXES", help=AXES)]
     rules: Rules = "serve"
     dtype: CacheDtype = "bfloat16"
-    batch: Annotated[
-        int | None, arg(metavar="N", help="rows of the cache", help_behavior_hint="(default: one per part)")
-    ] = None
-    context: Annotated[int, arg(metavar="N", help="cache slots per row")] = 4096
+    batch: CacheRows = None
+    context: CacheSlots = 4096
     all: Annotated[bool, arg(help="one line per array, equal layers not merged", help_behavior_hint="")] = False
     json: Json = False
 
@@ -149,10 +152,8 @@ class Preflight:
     ] = None
     rules: Rules = "serve"
     dtype: CacheDtype = "bfloat16"
-    batch: Annotated[
-        int | None, arg(metavar="N", help="rows of the cache", help_behavior_hint="(default: one per part)")
-    ] = None
-    context: Annotated[int, arg(metavar="N", help="cache slots per row")] = 4096
+    batch: CacheRows = None
+    context: CacheSlots = 4096
     memory_gib: Annotated[
         float | None, arg(metavar="GIB", help="of each device, where the platform does not tell", help_behavior_hint="")
     ] = None
