@@ -260,15 +260,7 @@ def inspect(folder: Path | str, *, backbone: bool | None = False) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(folder, ["no such folder" if not folder.exists() else "not a folder"])
     problems: list[str] = []
-    config = None
-    try:
-        require_inside(folder, CONFIG)
-        config = Qwen3Config.from_file(folder)
-    except ConfigError as error:
-        problems += [f"{CONFIG}: {problem}" for problem in error.problems]
-    except OutsideError as error:
-        problems.append(str(error))
-
+    config = read_config(folder, problems)
     try:
         files, index = _weight_files(folder, problems)
     except OSError as error:
@@ -289,6 +281,19 @@ def inspect(folder: Path | str, *, backbone: bool | None = False) -> Checkpoint:
     if problems:
         raise CheckpointError(folder, problems)
     return Checkpoint(folder, config, entries, naming, tensors)
+
+
+def read_config(folder: Path, problems: list[str], *others: str) -> Qwen3Config | None:
+    """Read a folder's config.json, which like the `others` must lie inside; None if not, then `problems` say why."""
+    try:
+        for name in (CONFIG, *others):
+            require_inside(folder, name)
+        return Qwen3Config.from_file(folder)
+    except ConfigError as error:
+        problems += [f"{CONFIG}: {problem}" for problem in error.problems]
+    except OutsideError as error:
+        problems.append(str(error))
+    return None
 
 
 class OutsideError(ValueError):

@@ -34,12 +34,12 @@ from qwen3_jax.checkpoint.hf import (
     on_default_device,
     param_dtype_of,
     progress_bar,
-    require_inside,
+    read_config,
     workers,
 )
 from qwen3_jax.checkpoint.names import Naming
 from qwen3_jax.checkpoint.safetensors_file import clip, unique_pairs
-from qwen3_jax.config import ConfigError, Qwen3Config
+from qwen3_jax.config import Qwen3Config
 
 ARRAYS = "params"
 FORMAT = "qwen3_jax parameters 1"
@@ -144,17 +144,8 @@ class Checkpoint:
 def inspect(folder: Path, *, backbone: bool | None = False) -> Checkpoint:
     """Check the manifest of an Orbax folder against its config. Raises CheckpointError with all problems."""
     problems: list[str] = []
-    config = None
+    config = read_config(folder, problems, MANIFEST, ARRAYS)
     manifest: Any = None
-    try:
-        require_inside(folder, CONFIG)
-        require_inside(folder, MANIFEST)
-        require_inside(folder, ARRAYS)
-        config = Qwen3Config.from_file(folder)
-    except ConfigError as error:
-        problems += [f"{CONFIG}: {problem}" for problem in error.problems]
-    except ValueError as error:
-        problems.append(str(error))
     try:
         if (folder / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
