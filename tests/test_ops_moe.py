@@ -18,8 +18,10 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qwen3_jax.ops import mesh as ops_mesh
-from qwen3_jax.ops import moe, moe_gpu, moe_parallel, moe_tpu
+from qwen3_jax.ops import moe, moe_gpu, moe_parallel, moe_tpu, moe_tpu_grad, moe_tpu_tiles
 from qwen3_jax.ops.plain import ORACLE, XLA
+from qwen3_jax.plan import chips, cost, hlo
+from qwen3_jax.plan.compile import devices_of
 from qwen3_jax.plan.gpu import TARGETS
 from qwen3_jax.sharding import RULES, make_mesh
 
@@ -150,11 +152,13 @@ def test_one_device(function):
 
 def test_one_row():
     assert_equals_oracle(functools.partial(moe.grouped, align=4), 1)
+    kernel = functools.partial(moe_tpu.swiglu, 8, (1, 1), True, None)
+    assert_equals_oracle(functools.partial(moe.grouped, swiglu=kernel, align=8), 1)
 
 
 @pytest.mark.parametrize("expected_routes", [None, 8])
 def test_tpu_kernel(expected_routes):
-    """The Pallas kernel, interpreted, in tiles of 8 rows."""
+    """The Pallas kernels, interpreted, in tiles of 8 rows."""
     kernel = functools.partial(moe_tpu.swiglu, 8, (4, E), True, None)
     assert_equals_oracle(functools.partial(moe.grouped, swiglu=kernel, align=8, expected=expected_routes), 13)
 
@@ -176,15 +180,67 @@ def test_gpu_kernel():
 
 
 def test_tpu_kernel_splits_a_wide_expert(monkeypatch):
-    """An expert too wide for the chip's memory is read in slices of 128 lanes."""
-    monkeypatch.setattr(moe_tpu, "WEIGHTS_VMEM_BYTES", 128 * 6 * D * 4)
-    key = jax.random.key(0)
-    wide = (2, 384, D), (2, 384, D), (2, D, 384)
-    rows = jax.random.normal(key, (24, D))
-    gate, up, down = (0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(wide))
-    sizes = jnp.array([16, 8], jnp.int32)
-    got = moe_tpu.swiglu(8, (3, 2), True, None, rows, sizes, gate, up, down)
-    chex.assert_trees_all_close(got, moe.ragged_swiglu(rows, sizes, gate, up, down), rtol=1e-5, atol=1e-5)
+    """An expert too wide for the chip's memory is read, and its gradient written, in slices of 128 lanes."""
+    D, F = 256, 384
+    monkeypatch.setattr(moe_tpu_tiles, "WEIGHTS_VMEM_BYTES", 128 * 6 * D * 4)
+    monkeypatch.setattr(moe_tpu_grad, "SUM_VMEM_BYTES", 128 * F * 12)
+    shapes = (24, D), (3, F, D), (3, F, D), (3, D, F), (24, D)
+    *values, slope = (0.1 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    sizes = jnp.array([16, 0, 8], jnp.int32)
+
+    def both(swiglu):
+        out, pull = jax.vjp(lambda rows, *stacks: swiglu(rows, sizes, *stacks), *values)
+        return out, *pull(slope)
+
+    kernel = functools.partial(moe_tpu.swiglu, 8, (3, 2), True, None)
+    chex.assert_trees_all_close(both(kernel), both(moe.ragged_swiglu), rtol=1e-5, atol=1e-5)
+
+
+def test_tpu_gradients_leave_out_what_pads_a_group():
+    """A row whose slope is zero adds nothing to an expert's gradient even if it is NaN; nor does one of no group."""
+    counts, tile, tiles = [11, 0, 16, 1, 0], 8, 6  # the last tile is nobody's
+    sizes = jnp.array([-(-n // tile) * tile for n in counts], jnp.int32)
+    _, _, *stacks = (a[: len(counts)] for a in arrays(8))
+    real = np.concatenate([np.arange(int(size)) < n for size, n in zip(sizes, counts, strict=True)] + [[False] * tile])
+    rows, slope = (jax.random.normal(jax.random.key(i), (tile * tiles, D)) for i in (0, 1))
+    hostile = jnp.where(real[:, None], rows, jnp.nan)
+    slope = jnp.where(real[:, None], slope, jnp.where(jnp.arange(tile * tiles) < sum(sizes), 0, jnp.nan)[:, None])
+    gradients = jax.jit(functools.partial(moe_tpu_grad.gradients, tile, (5, 3), True))
+    d_rows, *d_stacks = gradients(hostile, sizes, *stacks, slope)
+
+    alone = jnp.array(counts, jnp.int32)
+    pull = jax.vjp(lambda rows, *stacks: moe.ragged_swiglu(rows, alone, *stacks), rows[real], *stacks)[1]
+    want, *want_stacks = pull(slope[real])
+    chex.assert_trees_all_close((d_rows[real], *d_stacks), (want, *want_stacks), rtol=1e-5, atol=1e-4)
+    for stack in d_stacks:
+        chex.assert_trees_all_equal(stack[jnp.array([1, 4])], jnp.zeros((2, *stack.shape[1:])))
+
+
+def test_tpu_gradients_of_a_row_that_no_expert_has():
+    """It is NaN, and lies in the padding of others, which is filled with any rows."""
+    R = 13
+    experts = routing("some are none", R, jax.random.key(R)).at[5].set(E)
+    slope = jax.random.normal(jax.random.key(1), (R, D))
+    x, *others = arrays(R)
+    kernel = functools.partial(moe_tpu.swiglu, 8, (4, E), True, None)
+    run = with_gradients(functools.partial(moe.grouped, swiglu=kernel, align=8))
+    got = run(experts, slope, (x.at[5].set(jnp.nan), *others))
+    want = oracle()(experts, slope, (x, *others))
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_tpu_gradients_in_bfloat16():
+    """Against the oracle in float32, relative to the largest of each gradient."""
+    R = 33
+    experts, slope = routing("random", R, jax.random.key(3)), jax.random.normal(jax.random.key(1), (R, D))
+    values = arrays(R, jnp.bfloat16)
+    kernel = functools.partial(moe_tpu.swiglu, 16, (8, E), True, None)
+    run = with_gradients(functools.partial(moe.grouped, swiglu=kernel, align=16))
+    _, got = run(experts, slope.astype(jnp.bfloat16), values)
+    _, want = oracle()(experts, slope, tuple(a.astype(jnp.float32) for a in values))
+    for a, b, of in zip(got, want, values, strict=True):
+        chex.assert_type(a, of.dtype)
+        assert float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b))) < 0.02
 
 
 def test_undefined_rows_do_not_leak():
@@ -409,6 +465,35 @@ def test_tpu_takes_the_weights_as_they_are(v5e, R):
     assert "ragged-dot" not in text
     assert ("grouped_swiglu" in text) == (R == 2048)
     assert temporaries(compiled) < 16 * R * 1024
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("slice_name", ["v5e:2x2", "v5p:2x2x1"])
+def test_tpu_gradients_are_as_large_as_their_rows(slice_name):
+    """A layer of 30B-A3B, 32 experts here: no product of all rows with all experts, no other layout of a stack."""
+    R, E, D, F = 4096, 32, 2048, 768
+    slice_ = chips.topology(slice_name)
+    place = jax.sharding.SingleDeviceSharding(devices_of(slice_)[0])
+
+    def slopes(slope, x, weights, experts, *stacks):
+        run = functools.partial(moe_tpu.moe, expected=2 * R)
+        return jax.vjp(lambda x, weights, *stacks: run(x, weights, experts, *stacks), x, weights, *stacks)[1](slope)
+
+    arguments = abstract(R, place, E=E, D=D, F=F)
+    compiled = jax.jit(slopes).lower(arguments[0], *arguments).compile()
+    text = str(compiled.as_text())
+    found = cost.walk(hlo.parse(text), slice_.chip, partitions=1)
+    kernels = [line.op_name for line in found.lines for _ in range(int(line.times)) if line.opcode == "custom-call"]
+    names = ("grouped_swiglu)", "grouped_swiglu_slopes)", "grouped_outer_product)")
+    assert [sum(name in kernel for kernel in kernels) for name in names] == [1, 1, 3]
+    assert "ragged" not in text
+    # Nothing beside the kernels multiplies: three products of the result, five of its slopes, three of the experts'.
+    done = 128 * (2 * R // 128 + E // 2)
+    assert found.flops == (3 + 5 + 3) * 2 * done * D * F
+    stack = E * D * F * 2
+    assert not [move for move in found.moves if move.bytes >= stack]
+    assert set(re.findall(rf"\w+\[{E},(?:{D},{F}|{F},{D})\]\{{([\d,]+)", text)) == {"2,1,0"}
+    assert temporaries(compiled) < 3 * stack + 16 * R * D * 2
 
 
 @pytest.mark.tpu

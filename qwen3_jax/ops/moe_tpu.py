@@ -2,7 +2,8 @@
 
 `lax.ragged_dot` on a TPU wants its matrices as [E, in, out] and copies the [E, out, in] stacks of a checkpoint on every
 call (seen in the compiled program). The kernel here takes them as they are, reads an expert once for all of its rows
-while they fit a tile, keeps the hidden activations on the chip, and skips what no row chose.
+while they fit a tile, keeps the hidden activations on the chip, and skips what no row chose. `moe_tpu_grad` has its
+gradient.
 """
 
 from functools import partial
@@ -10,14 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen3_jax.ops.moe import Turn, every, grouped, ragged_swiglu, round_up
+from qwen3_jax.ops.moe import Turn, every, grouped, round_up
+from qwen3_jax.ops.moe_tpu_grad import gradients
+from qwen3_jax.ops.moe_tpu_tiles import add_slice, in_hbm, owners, product, slice_width
 
 FEW_ROWS = 128  # the matrix unit takes as long for fewer
-WEIGHTS_VMEM_BYTES = 20 * 2**20  # of one expert, double buffered
 
 
 def moe(
@@ -78,9 +79,8 @@ def swiglu(
     M, D = rows.shape
     E, F, _ = gate_proj.shape
     tiles, busy = likely
-    width = _width(F, 6 * D * gate_proj.dtype.itemsize)
-    ends = jnp.cumsum(sizes) // tile
-    owner = jnp.sum(jnp.arange(M // tile, dtype=jnp.int32)[:, None] >= ends, axis=1)
+    width = slice_width(gate_proj)
+    ends, owner = owners(tile, M // tile, sizes)
     begin, end = (0, E) if only is None else only
     skipped = ends[begin - 1] if begin else jnp.int32(0)
     itemsize = rows.dtype.itemsize
@@ -88,12 +88,6 @@ def swiglu(
     reads = min(busy, tiles) if width == F else min(M // tile, tiles)
     weights_bytes, row_bytes = 6 * width * D * gate_proj.dtype.itemsize, tile * D * (4 * itemsize + 2 * 4)
     vmem_bytes = weights_bytes + row_bytes + 4 * tile * width * 4 + 4 * 2**20
-    if not interpret:
-        # The kernel streams the weights while it multiplies. Fetched whole into VMEM before it starts, they would drive
-        # the activations around it out to HBM.
-        gate_proj, up_proj, down_proj = (
-            pltpu.with_memory_space_constraint(w, pltpu.HBM) for w in (gate_proj, up_proj, down_proj)
-        )
     up_spec = pl.BlockSpec((1, width, D), lambda i, f, owner, skipped: (owner[skipped[0] + i], f, 0))
     down_spec = pl.BlockSpec((1, D, width), lambda i, f, owner, skipped: (owner[skipped[0] + i], 0, f))
     row_spec = pl.BlockSpec((tile, D), lambda i, f, owner, skipped: (skipped[0] + i, 0))
@@ -117,43 +111,16 @@ def swiglu(
         ),
         interpret=interpret,
         name="grouped_swiglu",
-    )(jnp.minimum(owner, E - 1).astype(jnp.int32), jnp.atleast_1d(skipped), rows, gate_proj, up_proj, down_proj)
+    )(owner, jnp.atleast_1d(skipped), rows, *in_hbm(interpret, gate_proj, up_proj, down_proj))
 
 
 def _kernel(
-    widths: int, owner: Any, skipped: Any, rows: Any, gate_proj: Any, up_proj: Any, down_proj: Any, out: Any, total: Any
+    slices: int, owner: Any, skipped: Any, rows: Any, gate_proj: Any, up_proj: Any, down_proj: Any, out: Any, total: Any
 ) -> None:
     del owner, skipped
-    f = pl.program_id(1)
     x = rows[...]
-    hidden = jax.nn.silu(_times(x, gate_proj[0])) * _times(x, up_proj[0])
-    part = _times(hidden.astype(x.dtype), down_proj[0])
-    if widths == 1:
-        out[...] = part.astype(out.dtype)
-        return
-
-    @pl.when(f == 0)
-    def _():
-        total[...] = part
-
-    @pl.when(f > 0)
-    def _():
-        total[...] += part
-
-    @pl.when(f == widths - 1)
-    def _():
-        out[...] = total[...].astype(out.dtype)
-
-
-def _times(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply [rows, in] by [out, in]."""
-    return lax.dot_general(x, w.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _width(F: int, bytes_per_column: int) -> int:
-    """Return the widest slice of the expert width, in whole 128 lanes, whose double-buffered weights fit."""
-    fits = [w for w in range(128, F + 1, 128) if F % w == 0 and w * bytes_per_column <= WEIGHTS_VMEM_BYTES]
-    return max(fits, default=F)
+    hidden = jax.nn.silu(product(x, gate_proj[0], 1, 1)) * product(x, up_proj[0], 1, 1)
+    add_slice(pl.program_id(1), slices, product(hidden.astype(x.dtype), down_proj[0], 1, 1), total, out)
 
 
 def _forward(tile: int, likely: Any, interpret: bool, only: Any, *arrays: jax.Array) -> tuple[jax.Array, Any]:
@@ -161,8 +128,8 @@ def _forward(tile: int, likely: Any, interpret: bool, only: Any, *arrays: jax.Ar
 
 
 def _backward(tile: int, likely: Any, interpret: bool, only: Any, saved: Any, slope: jax.Array) -> tuple[Any, ...]:
-    rows, sizes, *stacks = saved
-    d_rows, *d_stacks = jax.vjp(lambda rows, *stacks: ragged_swiglu(rows, sizes, *stacks), rows, *stacks)[1](slope)
+    assert only is None, "turns have no gradient, see moe.grouped"
+    d_rows, *d_stacks = gradients(tile, likely, interpret, *saved, slope)
     return d_rows, None, *d_stacks
 
 
