@@ -256,11 +256,14 @@ def _backward(begin: int, step: Step, saved: Any, slope: jax.Array) -> tuple[Non
     rounds, routing, arrays = saved
     zeros = jnp.zeros_like(slope)
 
-    def more(k: jax.Array, total: Any) -> Any:
-        pull = jax.vjp(lambda arrays: step(zeros, k, routing, arrays), arrays)[1]
-        return jax.tree.map(jnp.add, total, pull(slope)[0])
+    def slopes(k: jax.Array) -> Any:
+        return jax.vjp(lambda arrays: step(zeros, k, routing, arrays), arrays)[1](slope)[0]
 
-    return None, None, _repeat(more, begin, rounds, jax.tree.map(jnp.zeros_like, arrays)), slope
+    # A Python 0 is never passed: the round that it names may take turns, which have no gradient.
+    first = slopes(jnp.int32(0)) if begin == 0 else jax.tree.map(jnp.zeros_like, arrays)
+    with jax.named_scope(UNLIKELY):
+        rest = _repeat(lambda k, total: jax.tree.map(jnp.add, total, slopes(k)), 1, rounds, first)
+    return None, None, rest, slope
 
 
 rounds_after.defvjp(_forward, _backward)
