@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen3_jax import model, placement, rope, sharding
+from qwen3_jax import model, placement, sharding
 from qwen3_jax.checkpoint import Checkpoint
 from qwen3_jax.checkpoint.hf import Place, Source, on_default_device
 from qwen3_jax.ops import Ops
@@ -79,8 +79,8 @@ class Subject:
         @jax.jit
         def forward(params: Any, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
             taps = model.Taps("*")
-            cos, sin = rope.angles_of(self.config, positions)
-            nnx.merge(graphdef, params)(x, cos, sin, positions, segment_ids, None, False, taps, "layer")
+            rows = model.Rows.of(self.config, positions, segment_ids)
+            nnx.merge(graphdef, params)(x, rows, None, taps, "layer")
             return taps.values
 
         return forward
