@@ -64,8 +64,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return scaled.astype(x.dtype) * weight.astype(x.dtype)
 
 
-class Rows(NamedTuple):
-    """What every layer needs to know of the rows [B, T] of tokens that it is given."""
+class Pass(NamedTuple):
+    """What the layers of one forward pass share: where its tokens [B, T] stand and what they see."""
 
     cos: jax.Array
     """[B, T, H/2] float32, as `sin` from `rope.angles_of`."""
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
     """How the mesh splits the length, where it does."""
 
     @classmethod
-    def of(cls, config: Qwen3Config, positions: jax.Array, segment_ids: jax.Array | None, **others: Any) -> "Rows":
+    def of(cls, config: Qwen3Config, positions: jax.Array, segment_ids: jax.Array | None, **others: Any) -> "Pass":
         """Compute the angles of the positions."""
         return cls(*rope.angles_of(config, positions), positions, segment_ids, **others)
 
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         self.ops = ops
 
     def __call__(
-        self, x: jax.Array, rows: Rows, cache: LayerCache | None, taps: Taps, path: str
+        self, x: jax.Array, shared: Pass, cache: LayerCache | None, taps: Taps, path: str
     ) -> tuple[jax.Array, LayerCache | None]:
         taps(f"{path}.input", x)
         x = self.ops.spread(x)
@@ -111,21 +111,21 @@ class Attention(nnx.Module):
         q = self.ops.constrain(q, "batch length heads head_dim")
         k = self.ops.constrain(k, "batch length kv_heads head_dim")
         v = self.ops.constrain(v, "batch length kv_heads head_dim")
-        q = rope.rotate(rms_norm(q, self.q_norm[...], self.eps), rows.cos, rows.sin)
-        k = rope.rotate(rms_norm(k, self.k_norm[...], self.eps), rows.cos, rows.sin)
-        if rows.blocks is not None:
-            k, v = (rows.blocks.in_order(self.ops.constrain(a, "batch slots kv_heads head_dim")) for a in (k, v))
+        q = rope.rotate(rms_norm(q, self.q_norm[...], self.eps), shared.cos, shared.sin)
+        k = rope.rotate(rms_norm(k, self.k_norm[...], self.eps), shared.cos, shared.sin)
+        if shared.blocks is not None:
+            k, v = (shared.blocks.in_order(self.ops.constrain(a, "batch slots kv_heads head_dim")) for a in (k, v))
         taps(f"{path}.q", q)
         taps(f"{path}.k", k)
         taps(f"{path}.v", v)
         if cache is not None:
-            cache = self.ops.update_cache(cache, k, v, rows.positions[:, 0])
-        if rows.blocks is not None:
+            cache = self.ops.update_cache(cache, k, v, shared.positions[:, 0])
+        if shared.blocks is not None:
             context = self.ops.attend_blocks(q, k, v, self.scale)
-        elif cache is None or rows.fresh:
-            context = self.ops.attend(q, k, v, rows.segment_ids, self.scale)
+        elif cache is None or shared.fresh:
+            context = self.ops.attend(q, k, v, shared.segment_ids, self.scale)
         else:
-            context = self.ops.attend_cache(q, cache, rows.positions, self.scale)
+            context = self.ops.attend_cache(q, cache, shared.positions, self.scale)
         taps(f"{path}.context", context)
         out = self.ops.einsum("BTNH,DNH->BTD", context, self.o_proj[...])
         taps(f"{path}.output", out)
@@ -208,11 +208,11 @@ class DecoderLayer(nnx.Module):
         self.ops = ops
 
     def __call__(
-        self, x: jax.Array, rows: Rows, cache: LayerCache | None, taps: Taps, path: str
+        self, x: jax.Array, shared: Pass, cache: LayerCache | None, taps: Taps, path: str
     ) -> tuple[jax.Array, LayerCache | None]:
         taps(f"{path}.input", x)
         normed = rms_norm(x, self.input_layernorm[...], self.eps)
-        mixed, cache = self.self_attn(normed, rows, cache, taps, f"{path}.self_attn")
+        mixed, cache = self.self_attn(normed, shared, cache, taps, f"{path}.self_attn")
         x = self.ops.constrain(x + mixed, "batch stream hidden")
         mixed = self.mlp(rms_norm(x, self.post_attention_layernorm[...], self.eps), taps, f"{path}.mlp")
         x = self.ops.constrain(x + mixed, "batch stream hidden")
@@ -284,11 +284,11 @@ class Qwen3(nnx.Module):
             raise ValueError("segment_ids with a cache: packed rows have no cache, give each sequence a row of its own")
         x = self.ops.constrain(x.astype(self.dtype), "batch stream hidden")
         taps("embed_tokens", x)
-        rows = Rows.of(self.config, positions, segment_ids, fresh=fresh, blocks=blocks)
+        shared = Pass.of(self.config, positions, segment_ids, fresh=fresh, blocks=blocks)
         layer_caches = []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
-            x, layer_cache = layer(x, rows, layer_cache, taps, f"layers.{i}")
+            x, layer_cache = layer(x, shared, layer_cache, taps, f"layers.{i}")
             layer_caches.append(layer_cache)
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
         if blocks is not None:

@@ -79,8 +79,8 @@ class Subject:
         @jax.jit
         def forward(params: Any, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> dict[str, jax.Array]:
             taps = model.Taps("*")
-            rows = model.Rows.of(self.config, positions, segment_ids)
-            nnx.merge(graphdef, params)(x, rows, None, taps, "layer")
+            shared = model.Pass.of(self.config, positions, segment_ids)
+            nnx.merge(graphdef, params)(x, shared, None, taps, "layer")
             return taps.values
 
         return forward

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax import model
 from qwen3_jax.config import Qwen3Config
-from qwen3_jax.model import DecoderLayer, Params, Rows, Taps, rms_norm
+from qwen3_jax.model import DecoderLayer, Params, Pass, Taps, rms_norm
 from qwen3_jax.ops import Ops
 from qwen3_jax.sharding import Rules, spec
 
@@ -126,7 +126,7 @@ class Network:
         outer = self.resolve({name: leaf for name, leaf in params.items() if name != "layers"})
         x = self.ops.embed(outer["embed_tokens"], tokens).astype(self.dtype)
         x = self.ops.constrain(x, "batch stream hidden")
-        rows = Rows.of(self.config, positions, segment_ids)
+        shared = Pass.of(self.config, positions, segment_ids)
         real = jnp.ones(tokens.shape, jnp.float32) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
         statistics = []
         for first in self.runs:
@@ -134,7 +134,7 @@ class Network:
             def body(x: jax.Array, weights: Params, graphdef: Any = self._layers[first]) -> tuple[jax.Array, Any]:
                 layer = nnx.merge(graphdef, self.resolve(weights))
                 taps = Taps("layer.mlp.router_logits", "layer.mlp.router_experts")
-                x, _ = layer(x, rows, None, taps, "layer")
+                x, _ = layer(x, shared, None, taps, "layer")
                 if not taps.values:
                     return x, None
                 logits, experts = (taps.values[name] for name in taps.patterns)
