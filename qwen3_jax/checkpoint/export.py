@@ -25,6 +25,8 @@ from qwen3_jax.checkpoint.hf import CONFIG, FLOATS, INDEX, SINGLE, CheckpointErr
 from qwen3_jax.checkpoint.names import PLAIN, Entry, Naming
 from qwen3_jax.config import Qwen3Config
 
+MAX_SHARD_BYTES = 5_000_000_000
+
 
 def save(
     folder: Path | str,
@@ -32,7 +34,7 @@ def save(
     params: Params,
     *,
     naming: Naming = PLAIN,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
 ) -> None:
     """Write a Hugging Face folder: config.json and safetensors weights that transformers opens.
@@ -71,9 +73,9 @@ def new_folder(folder: Path | str) -> Iterator[Path]:
         yield partial
         for path in partial.rglob("*"):
             if path.is_file():
-                _to_disk(path)
+                to_disk(path)
         partial.rename(folder)
-        _to_disk(folder.parent)
+        to_disk(folder.parent)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise CheckpointError(folder, [f"{error.strerror or error}{where}"], verb="written") from error
@@ -88,7 +90,8 @@ def _umask() -> int:
     return mask
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Make a file's bytes, or the renames in a folder, last."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,7 +105,7 @@ def write_weights(
     params: Params,
     *,
     naming: Naming = PLAIN,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
 ) -> None:
     """Write the weights of a Hugging Face folder: one file, or shards and their index."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3_jax.checkpoint import hf, orbax_folder
-from qwen3_jax.checkpoint.export import new_folder, write_weights
+from qwen3_jax.checkpoint.export import MAX_SHARD_BYTES, new_folder, write_weights
 from qwen3_jax.checkpoint.hf import CONFIG, CheckpointError, OutsideError, Params, Place, on_default_device
 from qwen3_jax.config import Qwen3Config
 
@@ -70,7 +70,7 @@ def convert(
     destination: Path | str,
     to: Literal["orbax", "hf"],
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
 ) -> None:
     """Write a model folder in the other form, byte for byte: dtypes, config.json and tokenizer files stay as they are.

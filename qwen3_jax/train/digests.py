@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qwen3_jax.checkpoint.export import to_disk
+
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  ([^\n\\]+)\n")
 HASHERS = 4  # threads
@@ -58,11 +60,7 @@ def problems(folder: Path, *, index: int = 0, count: int = 1) -> list[str]:
 def sync(folder: Path) -> None:
     """Make renames in a folder last; not every file system can."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        to_disk(folder)
 
 
 def _files(folder: Path) -> Iterator[Path]:
