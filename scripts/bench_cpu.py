@@ -211,39 +211,44 @@ def work(engine_name: str, folder: str, dtype: str) -> None:
         print(json.dumps({"seconds": seconds, "peak_rss_bytes": rss_bytes}), file=answers, flush=True)
 
 
-class Worker:
-    """An engine in a process of its own."""
+class Process:
+    """A program that answers each line of JSON with another, on THREADS threads and without a network."""
 
-    def __init__(self, engine: str, folder: Path, dtype: str):
-        command = [sys.executable, __file__, "--worker", engine, str(folder), dtype]
+    def __init__(self, name: str, *command: str):
         env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        self.engine = engine
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the worker
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env
         )
-        hello = self._answer()
-        self.load_s, self.variants = hello["load_s"], hello["variants"]
 
-    def ask(self, *request: Any) -> dict[str, float]:
+    def ask(self, *request: Any) -> Any:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        return self.answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def answer(self) -> Any:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
+        if line := self.process.stdout.readline():
             return json.loads(line)
         self.log.seek(0)
-        sys.exit(f"{self.engine} stopped:\n{self.log.read()[-3000:]}")
+        sys.exit(f"{self.name} stopped:\n{self.log.read()[-3000:]}")
 
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
         self.log.close()
+
+
+class Worker(Process):
+    """An engine in a process of its own."""
+
+    def __init__(self, engine: str, folder: Path, dtype: str):
+        super().__init__(engine, sys.executable, __file__, "--worker", engine, str(folder), dtype)
+        hello = self.answer()
+        self.load_s, self.variants = hello["load_s"], hello["variants"]
 
 
 @dataclass(frozen=True)
@@ -277,7 +282,7 @@ def time_case(case: Case, workers: list[Worker], rounds: int) -> dict[str, list[
     most = (rounds + 3) * CALL + 1
     chosen: list[tuple[Worker, str]] = []
     for worker in workers:
-        if worker.engine == LlamaCpp.name and case.batch > 1:
+        if worker.name == LlamaCpp.name and case.batch > 1:
             continue
         if case.kind == "prefill":
             chosen += [(worker, v) for v in worker.variants if "static" not in v]

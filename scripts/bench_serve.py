@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench_cpu import THREADS, note, write_folder
+from bench_cpu import THREADS, Process, note, write_folder
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "qwen3_jax" / "demo"
@@ -189,39 +189,18 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, folder: Path, dtype: str):
-        env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the worker
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", str(folder), dtype],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env,
-        )  # fmt: skip
+        self.worker = Process(self.name, sys.executable, __file__, "--worker", str(folder), dtype)
         self.queue = ThreadPoolExecutor(1)
-        self._answer()
+        self.worker.answer()
 
     async def ask(self, job: Job, trace: Trace | None = None) -> Trace:
         trace = Trace.begin(trace)
-        times = await asyncio.get_running_loop().run_in_executor(self.queue, self._run, job)
+        times = await asyncio.get_running_loop().run_in_executor(self.queue, self.worker.ask, job.prompt, job.tokens)
         trace.deliveries = [(moment, 1) for moment in times]
         return trace
 
-    def _run(self, job: Job) -> list[float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([job.prompt, job.tokens]) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        if line := self.process.stdout.readline():
-            return json.loads(line)
-        self.log.seek(0)
-        sys.exit(f"transformers stopped:\n{self.log.read()[-3000:]}")
-
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.log.close()
+        self.worker.close()
 
 
 def work(folder: str, dtype: str) -> None:
