@@ -1,5 +1,7 @@
 """Chunked cross-entropy against torch and by its compiled memory; load balancing by the figures of its paper."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from qwen3_jax.ops import for_platform
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.plain import XLA
-from qwen3_jax.sharding import RULES, make_mesh
+from qwen3_jax.sharding import RULES, make_mesh, spec
 from qwen3_jax.train import losses, objectives, optim, stacked
 from qwen3_jax.train.step import RefusalConfig, TrainStep
 
@@ -63,6 +65,35 @@ def test_whole_logits_never_exist():
     logits = 4 * B * T * V
     assert temporary_bytes(T) >= logits
     assert temporary_bytes(16) < logits / 8
+
+
+def test_no_weight_is_sent_per_chunk():
+    """The compiled gradient on eight devices: the loop over chunks has no collective, the program one of each."""
+    mesh, rules = make_mesh(data=2, fsdp=4), RULES["train"]
+    ops = on_mesh(XLA, mesh, rules)
+    B, T, D, V = 16, 64, 32, 256
+
+    def abstract(shape, dtype, axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec(axes, rules)))
+
+    given = [
+        abstract((B, T, D), "float32", "batch length hidden"), abstract((V, D), "float32", "vocab embed"),
+        abstract((B, T), "int32", "batch"), abstract((B, T), "float32", "batch"),
+    ]  # fmt: skip
+
+    def loss(hidden, head, targets, weights):
+        return losses.cross_entropy(ops, hidden, head, targets, weights, chunk=8, z_loss=1e-4)[0]
+
+    placed = tuple(one.sharding for one in given[:2])
+    program = jax.jit(jax.grad(loss, (0, 1)), out_shardings=placed).lower(*given).compile().as_text()
+    assert program is not None
+    assert " while(" in program
+    inside, _, entry = program.partition("ENTRY ")
+    sent = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+    assert sent.findall(inside) == []
+    gathered, *added = sent.findall(entry)
+    assert gathered == "all-gather"
+    assert len(added) == 1
 
 
 class Toy:

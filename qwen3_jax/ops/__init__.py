@@ -83,6 +83,9 @@ class Ops(NamedTuple):
     constrain: Callable[[jax.Array, str], jax.Array] = lambda x, axes: x
     """(x, "batch stream hidden") -> x, laid out over the mesh by those logical axes; without a mesh x itself."""
 
+    head_groups: int = 1
+    """Over how many groups of devices a mesh divides the rows of "head_batch"."""
+
     embed: Callable[[jax.Array, jax.Array], jax.Array] = lambda table, tokens: table[tokens]
     """(table [V,D], tokens [B,T]) -> [B,T,D]: look tokens up."""
 

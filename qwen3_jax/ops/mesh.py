@@ -81,6 +81,7 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
     def odd(axis: str, size: int) -> bool:
         return size % place.ways(rules[axis]) != 0
 
+    ops = ops._replace(constrain=constrain, head_groups=place.ways(rules["head_batch"]))
     queries, keys = "batch length heads head_dim", "batch slots kv_heads head_dim"
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
@@ -124,9 +125,7 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
     # Linear layers of a prefill: see `ring`. One axis splits the stream and not the length: the one of the heads.
     around = tuple(axis for axis in rules["stream"] if axis not in rules["length"] and mesh.shape[axis] > 1)
     if not around:
-        return ops._replace(
-            constrain=constrain, attend=attend, update_cache=update_cache, attend_cache=attend_cache, moe=moe, top=top
-        )
+        return ops._replace(attend=attend, update_cache=update_cache, attend_cache=attend_cache, moe=moe, top=top)
     (axis,) = around
     stream = PartitionSpec(rules["batch"], rules["stream"])
     columns = PartitionSpec(rules["batch"], rules["length"] or None, axis)
@@ -223,7 +222,6 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         return product(x, w)
 
     return ops._replace(
-        constrain=constrain,
         embed=embed,
         spread=spread,
         einsum=einsum,

@@ -1,9 +1,10 @@
 """What is minimised: next-token cross-entropy without whole logits, and the routers' auxiliary losses.
 
 Cross-entropy walks over chunks of the sequence: logits of a chunk, their loss, and in the same pass the gradients of
-hidden states and output matrix, so that no more than [B, c, V] ever exists and no product is computed twice. Sums and
-softmax are float32. Letters: B rows, T length, D hidden, V vocabulary, c chunk; M MoE layers, g groups of rows,
-E experts, C experts per token.
+hidden states and output matrix, so that no more than [B, c, V] ever exists and no product is computed twice. On a mesh
+the output matrix is gathered before the walk and its gradient, a sum over the rows of each device, added up after it:
+no weight is sent per chunk. Sums and softmax are float32. Letters: B rows, T length, D hidden, V vocabulary, c chunk,
+n groups of devices with rows of their own; M MoE layers, g groups of rows, E experts, C experts per token.
 """
 
 from functools import partial
@@ -56,6 +57,8 @@ def cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _token_loss(ops: Ops, chunk: int, z_loss: float, hidden, head, targets, weights) -> tuple[jax.Array, TokenSums]:
+    head = _gathered(ops, head, hidden.dtype)
+
     def step(sums: TokenSums, part: tuple[jax.Array, ...]) -> tuple[TokenSums, None]:
         more, _ = _chunk(ops, z_loss, head, *part)
         return jax.tree.map(jnp.add, sums, more), None
@@ -65,19 +68,31 @@ def _token_loss(ops: Ops, chunk: int, z_loss: float, hidden, head, targets, weig
 
 
 def _forward(ops: Ops, chunk: int, z_loss: float, hidden, head, targets, weights) -> tuple[Any, Any]:
+    B, T, D = hidden.shape
+    n = ops.head_groups
+    like, head = jnp.zeros((), head.dtype), _gathered(ops, head, hidden.dtype)
+
+    def by_group(x: jax.Array) -> jax.Array:
+        return x.reshape(n, B // n, *x.shape[1:])
+
+    def laid_out(head_slopes: jax.Array) -> jax.Array:
+        return ops.constrain(head_slopes, "head_batch vocab hidden")
+
     def step(state: tuple[TokenSums, jax.Array], part: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
-        sums, head_slope = state
+        sums, head_slopes = state
         more, slope = _chunk(ops, z_loss, head, *part)
         slope = slope.astype(hidden.dtype)
-        x_slope = jnp.einsum("BTV,VD->BTD", slope, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        head_slope += jnp.einsum("BTV,BTD->VD", slope, part[0], preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, sums, more), head_slope), x_slope.astype(hidden.dtype)
+        x_slope = jnp.einsum("BTV,VD->BTD", slope, head, preferred_element_type=jnp.float32)
+        head_slopes += jnp.einsum(
+            "nBTV,nBTD->nVD", by_group(slope), by_group(part[0]), preferred_element_type=jnp.float32
+        )
+        return (jax.tree.map(jnp.add, sums, more), laid_out(head_slopes)), x_slope.astype(hidden.dtype)
 
-    B, T, D = hidden.shape
-    start = (_zero(), jnp.zeros(head.shape, jnp.float32))
-    (sums, head_slope), slopes = lax.scan(step, start, _cut(chunk, hidden, targets, weights))
+    start = (_zero(), laid_out(jnp.zeros((n, *head.shape), jnp.float32)))
+    (sums, head_slopes), slopes = lax.scan(step, start, _cut(chunk, hidden, targets, weights))
     slopes = jnp.moveaxis(slopes, 0, 1).reshape(B, -1, D)[:, :T]
-    return (sums.cross_entropy + z_loss * sums.z, sums), (slopes, head_slope, jnp.zeros((), head.dtype))
+    head_slope = ops.constrain(jnp.sum(head_slopes, axis=0), "vocab embed")
+    return (sums.cross_entropy + z_loss * sums.z, sums), (slopes, head_slope, like)
 
 
 def _backward(ops: Ops, chunk: int, z_loss: float, saved: Any, cotangent: Any) -> tuple[Any, ...]:
@@ -87,6 +102,11 @@ def _backward(ops: Ops, chunk: int, z_loss: float, saved: Any, cotangent: Any) -
 
 
 _token_loss.defvjp(_forward, _backward)
+
+
+def _gathered(ops: Ops, head: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return the output matrix as the products take it, with every device's whole width of its vocabulary."""
+    return ops.constrain(head.astype(dtype), "vocab hidden")
 
 
 def _zero() -> TokenSums:
