@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -15,6 +16,9 @@ from qwen3_jax.ops import plain, ring, tpu
 from qwen3_jax.ops.mesh import on_mesh
 from tests import tiny
 from tests.run import Network
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+KINDS: dict[str, dict[str, Any]] = {"dense": {"num_hidden_layers": 2}, "moe": {"moe": True, "num_hidden_layers": 1}}
 
 
 def mesh_of(text: str) -> jax.sharding.Mesh:
@@ -44,10 +48,10 @@ def test_rings_equal_whole_products(n):
     chex.assert_trees_all_close(narrow, product(product(x, up), down), rtol=1e-5, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=KINDS)
 def reference(request, tmp_path_factory):
-    settings = {"num_attention_heads": 8, "num_key_value_heads": 2}
-    folder, hf = tiny.save(tmp_path_factory.mktemp(request.param), moe=request.param == "moe", **settings)
+    settings = {"num_attention_heads": 8, "num_key_value_heads": 2, **KINDS[request.param]}
+    folder, hf = tiny.save(tmp_path_factory.mktemp(request.param), **settings)
     tokens = np.random.default_rng(0).integers(0, 94, (2, 32)).astype(np.int32)
     return folder, tokens, tiny.logits(hf, tokens)
 
@@ -103,19 +107,24 @@ def draw(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32))
 
 
+@jax.jit
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return plain.attend(q, k, v, None, 0.2)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 2, 256), (4, 4, 128), (8, 1, 384)])
 def test_flash_attention_equals_the_oracle(heads, kv_heads, length):
     q, k, v = draw(2, length, heads, 32), draw(2, length, kv_heads, 32), draw(2, length, kv_heads, 32)
-    out = tpu.INTERPRETED.attend(q, k, v, None, 0.2)
-    chex.assert_trees_all_close(out, plain.attend(q, k, v, None, 0.2), atol=2e-6)
+    out = jax.jit(lambda: tpu.INTERPRETED.attend(q, k, v, None, 0.2))()
+    chex.assert_trees_all_close(out, attend(q, k, v), atol=2e-6)
 
 
-@pytest.mark.parametrize("start", [0, 128, 256])
-def test_flash_attention_of_some_of_the_queries(start):
+def test_flash_attention_of_some_of_the_queries():
     q, k, v = draw(1, 384, 4, 32), draw(1, 384, 2, 32), draw(1, 384, 2, 32)
     part = jax.jit(lambda at: tpu.INTERPRETED.attend(jax.lax.dynamic_slice_in_dim(q, at, 128, 1), k, v, None, 0.2, at))
-    whole = plain.attend(q, k, v, None, 0.2)
-    chex.assert_trees_all_close(part(jnp.int32(start)), whole[:, start : start + 128], atol=2e-6)
+    whole = np.asarray(attend(q, k, v))
+    for start in (0, 128, 256):
+        chex.assert_trees_all_close(part(jnp.int32(start)), whole[:, start : start + 128], atol=2e-6)
 
 
 @pytest.mark.parametrize(("dtype", "kv_heads"), [(jnp.float32, 2), (jnp.bfloat16, 1)])
@@ -124,11 +133,11 @@ def test_the_cache_is_updated_in_place_where_each_row_stands(dtype, kv_heads):
     start = jnp.asarray([0, 15, 16, 47], jnp.int32)
     oracle = plain.init_cache(4, 48, kv_heads, 32, dtype)
     ours = tpu.init_cache(4, 48, kv_heads, 32, dtype)
+    updates = jax.jit(plain.update_cache), jax.jit(tpu.INTERPRETED.update_cache)
     for step in range(3):
         k, v = (jnp.asarray(rng.normal(size=(4, 1, kv_heads, 32)), dtype) for _ in "kv")
         at = jnp.minimum(start + step, 47)
-        oracle = plain.update_cache(oracle, k, v, at)
-        ours = tpu.INTERPRETED.update_cache(ours, k, v, at)
+        oracle, ours = (update(cache, k, v, at) for update, cache in zip(updates, (oracle, ours), strict=True))
     for name in "kv":
         chex.assert_trees_all_equal(jnp.swapaxes(ours[name], 1, 2), oracle[name])
 
@@ -137,9 +146,11 @@ def test_the_cache_is_updated_in_place_where_each_row_stands(dtype, kv_heads):
 def test_attention_to_the_cache_equals_the_oracle(length):
     k, v, q = draw(3, 20, 2, 32), draw(3, 20, 2, 32), draw(3, length, 4, 32)
     start = jnp.asarray([0, 3, 14], jnp.int32)
-    zeros = jnp.zeros(3, jnp.int32)
-    oracle = plain.update_cache(plain.init_cache(3, 24, 2, 32, jnp.float32), k, v, zeros)
-    ours = tpu.update_cache(tpu.init_cache(3, 24, 2, 32, jnp.float32), k, v, zeros)
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-    expected = plain.attend_cache(q, oracle, positions, 0.2)
-    chex.assert_trees_all_close(tpu.attend_cache(q, ours, positions, 0.2), expected, atol=2e-6)
+
+    @partial(jax.jit, static_argnums=0)
+    def attended(ops):
+        cache = ops.update_cache(ops.init_cache(3, 24, 2, 32, jnp.float32), k, v, jnp.zeros(3, jnp.int32))
+        return ops.attend_cache(q, cache, positions, 0.2)
+
+    chex.assert_trees_all_close(attended(tpu), attended(plain), atol=2e-6)
