@@ -16,7 +16,7 @@ from transformers import Qwen3MoeConfig as HFMoeConfig
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from qwen3_jax import model, ops, rope
+from qwen3_jax import model, ops
 from qwen3_jax.config import Qwen3Config
 
 T = 6
@@ -44,10 +44,10 @@ def layer_parameters(config: Qwen3Config, dtype: jnp.dtype) -> tuple[nnx.GraphDe
 def run_layer(config: Qwen3Config, graphdef: nnx.GraphDef, params: dict, x: np.ndarray, positions: np.ndarray):
     @jax.jit
     def forward(params, x, positions):
-        cos, sin = rope.angles_of(config, positions)
+        shared = model.Pass.of(config, positions, None)
         layer = nnx.merge(graphdef, params)
         taps = model.Taps("0.mlp.router_*", "0.mlp.input", "0.self_attn.output")
-        out, _ = layer(x, cos, sin, positions, None, None, False, taps, "0")
+        out, _ = layer(x, shared, None, taps, "0")
         return out, taps.values
 
     return jax.tree.map(np.asarray, forward(params, jnp.asarray(x), jnp.asarray(positions)))
