@@ -12,6 +12,7 @@ import pytest
 from qwen3_jax.ops import paged, plain
 
 N, K, H, PAGE = 4, 2, 16, 4
+update = jax.jit(plain.update_cache)
 
 
 def draw(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
@@ -37,9 +38,8 @@ def filled(seed: int, rows: int, columns: int):
     k, v = (draw(seed + i, rows, columns * PAGE, K, H) for i in (1, 2))
     empty = paged.init(pages, PAGE, K, H, jnp.dtype(jnp.float32))
     cache = jax.jit(paged.update)(empty | {"table": table}, k, v, jnp.zeros(rows, jnp.int32))
-    dense = plain.update_cache(
-        plain.init_cache(rows, columns * PAGE, K, H, jnp.dtype(jnp.float32)), k, v, jnp.zeros(rows, jnp.int32)
-    )
+    dense = plain.init_cache(rows, columns * PAGE, K, H, jnp.dtype(jnp.float32))
+    dense = update(dense, k, v, jnp.zeros(rows, jnp.int32))
     return cache, dense
 
 
@@ -50,8 +50,8 @@ def test_decoding_equals_the_dense_cache(seed):
     cache, dense = filled(seed, rows, 7)
     start = jnp.asarray(rng.integers(0, 7 * PAGE, rows), jnp.int32)
     k, v, q = (draw(seed + 5 + i, rows, 1, heads, H) for i, heads in enumerate((K, K, N)))
-    cache, dense = jax.jit(paged.update)(cache, k, v, start), plain.update_cache(dense, k, v, start)
-    expected = plain.attend_cache(q, dense, start[:, None], 0.3)
+    cache, dense = jax.jit(paged.update)(cache, k, v, start), update(dense, k, v, start)
+    expected = jitted(plain.attend_cache)(q, dense, start[:, None])
     for attend in (paged.attend_gathered, paged.attend_blocks):
         actual = jitted(attend)(q, cache, start[:, None])
         chex.assert_trees_all_close(actual, expected, atol=2e-6, rtol=0)
@@ -63,11 +63,11 @@ def test_a_chunk_equals_the_dense_cache(T):
     cache, dense = filled(T, 2, 9)
     start = jnp.asarray([0, 3 * PAGE], jnp.int32)
     k, v, q = (draw(50 + i, 2, T, heads, H) for i, heads in enumerate((K, K, N)))
-    cache, dense = jax.jit(paged.update)(cache, k, v, start), plain.update_cache(dense, k, v, start)
+    cache, dense = jax.jit(paged.update)(cache, k, v, start), update(dense, k, v, start)
     positions = start[:, None] + jnp.arange(T)
-    expected = plain.attend_cache(q, dense, positions, 0.3)
+    expected = jitted(plain.attend_cache)(q, dense, positions)
     for attend in (paged.attend_gathered, paged.attend_blocks):
-        actual = jax.jit(functools.partial(attend, scale=0.3))(q, cache, positions)
+        actual = jitted(attend)(q, cache, positions)
         chex.assert_trees_all_close(actual, expected, atol=2e-6, rtol=0)
 
 
@@ -77,7 +77,7 @@ def test_garbage_above_the_position_is_never_read():
     table = cache["table"]
     poison = lambda x: x.at[:, table[1]].set(jnp.nan).at[:, -1].set(jnp.nan)  # noqa: E731
     q = draw(9, 2, 1, N, H)
-    attend = jax.jit(functools.partial(paged.attend_blocks, scale=0.3))
+    attend = jitted(paged.attend_blocks)
     alone = attend(q, cache, jnp.asarray([[5], [0]]))
     row = jnp.asarray(table).at[0, 2:].set(cache["k"].shape[1] - 1)
     bad = cache | {"k": poison(cache["k"]), "v": poison(cache["v"]), "table": row}
@@ -114,7 +114,7 @@ def test_the_gpus_kernel_reads_the_same_pages():
     """JAX's kernel, interpreted, with a table whose last columns it must not trust."""
     cache, _ = filled(1, 3, 7)
     q, positions = draw(9, 3, 1, N, H), jnp.asarray([[5], [0], [27]])
-    expected = paged.attend_gathered(q, cache, positions, 0.3)
+    expected = jitted(paged.attend_gathered)(q, cache, positions)
     chex.assert_trees_all_close(paged.attend_gpu(q, cache, positions, 0.3, interpret=True), expected, atol=2e-6, rtol=0)
 
 
@@ -124,7 +124,7 @@ def test_the_tpus_kernel_reads_the_same_pages():
 
     cache, _ = filled(1, 3, 7)
     q, positions = draw(9, 3, 1, N, H), jnp.asarray([[5], [0], [27]])
-    expected = paged.attend_gathered(q, cache, positions, 0.3)
+    expected = jitted(paged.attend_gathered)(q, cache, positions)
     with pltpu.force_tpu_interpret_mode():
         actual = paged.attend_tpu(q, cache, positions, 0.3)
     chex.assert_trees_all_close(actual, expected, atol=1e-2, rtol=0)
