@@ -60,8 +60,7 @@ class Counted(Observer):
 def built(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     hf = write(path)
-    cache = tmp_path_factory.getbasetemp() / "xla"  # shared with test_engine_determinism
-    return load_model(path, dtype="float32", cache=cache), hf
+    return load_model(path, dtype="float32"), hf
 
 
 @pytest.fixture(scope="module")

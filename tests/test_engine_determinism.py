@@ -80,9 +80,9 @@ def differences(ours: list[Completion], theirs: list[Completion]) -> list[int]:
     ]
 
 
-def run(folder, dtype: str, options: EngineOptions, *, pairs: int, at_once: int, cache, lengths, outputs) -> None:
+def run(folder, dtype: str, options: EngineOptions, *, pairs: int, at_once: int, lengths, outputs) -> None:
     observer = Preemptions()
-    engine = Engine(load_model(folder, dtype=dtype, cache=cache), options, observer=observer)
+    engine = Engine(load_model(folder, dtype=dtype), options, observer=observer)
     engine.start()
     try:
         asked = requests(engine, pairs, lengths=lengths, outputs=outputs, seed=1)
@@ -107,10 +107,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_hundred_requests_are_the_same_alone_and_among_others(folder, dtype, tmp_path_factory):
+def test_a_hundred_requests_are_the_same_alone_and_among_others(folder, dtype):
     options = EngineOptions(rows=4, page_tokens=8, chunk_tokens=32, cache_tokens=384, decode_tokens=4)
     run(
-        folder, dtype, options, pairs=100, at_once=50, cache=tmp_path_factory.getbasetemp() / "xla",
+        folder, dtype, options, pairs=100, at_once=50,
         lengths=(1, 3, 20, 31, 32, 33, 70), outputs=(3, 20, 90),
     )  # fmt: skip
 
@@ -123,6 +123,6 @@ def test_a_thousand_requests_are_the_same_alone_and_among_64(moe, dtype, tmp_pat
     write(path, moe=moe, hidden_size=128, num_attention_heads=8, head_dim=32, intermediate_size=256)
     options = EngineOptions(rows=64, page_tokens=16, chunk_tokens=64, cache_tokens=64 * 20, decode_tokens=8)
     run(
-        path, dtype, options, pairs=1000, at_once=64, cache="off",
+        path, dtype, options, pairs=1000, at_once=64,
         lengths=(1, 5, 40, 63, 64, 65, 130), outputs=(4, 30, 120),
     )  # fmt: skip

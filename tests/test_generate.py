@@ -274,6 +274,5 @@ def test_compile_cache_folder(tmp_path, monkeypatch):
         with pytest.warns(compile_cache.CompileCacheWarning, match=r"cannot be written \(Not a directory\)"):
             assert compile_cache.enable(blocked / "x") is None
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        compile_cache.enable(before)
     assert os.path.isdir(tmp_path / "a" / "b")

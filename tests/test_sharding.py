@@ -1,6 +1,7 @@
 """The same logits on every mesh, against one device and against transformers, dense and MoE, under either rules."""
 
 import math
+from typing import Any
 
 import chex
 import jax
@@ -13,7 +14,9 @@ from qwen3_jax.sharding import AXES, RULES, ShardingError
 from tests import tiny
 from tests.run import Network
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 SETTINGS = {"num_attention_heads": 8, "num_key_value_heads": 2}  # model 4 and 8 exceed the kv heads
+KINDS: dict[str, dict[str, Any]] = {"dense": {"num_hidden_layers": 2}, "moe": {"moe": True, "num_hidden_layers": 1}}
 MESHES = [
     "data=2",
     "data=8",
@@ -33,10 +36,10 @@ MESHES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=KINDS)
 def reference(request, tmp_path_factory):
     """A folder, tokens of an uneven batch, transformers' logits and this package's on one device."""
-    folder, hf = tiny.save(tmp_path_factory.mktemp(request.param), moe=request.param == "moe", **SETTINGS)
+    folder, hf = tiny.save(tmp_path_factory.mktemp(request.param), **SETTINGS, **KINDS[request.param])
     tokens = np.random.default_rng(0).integers(0, 94, (3, 5)).astype(np.int32)
     return folder, tokens, tiny.logits(hf, tokens), Network(folder, formulation="xla").logits(tokens)
 
