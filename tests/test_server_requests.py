@@ -222,13 +222,31 @@ class TestErrors:
     @pytest.mark.parametrize(
         "body",
         [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b'{"messages": [NaN]}', b"[" * 100_000, b'{"a":' * 5000,
-         b'{"messages": ' + b"9" * 10_000 + b"}", b"\x00", b"{'a': 1}"],
+         b'{"messages": ' + b"9" * 10_000 + b"}", b"\x00", b"{'a': 1}", json.dumps(CHAT).encode("utf-16")],
         ids=lambda b: repr(b[:16]),
     )  # fmt: skip
     def test_bodies_that_are_no_request(self, app, body):
         said = request(app, "POST", "/v1/chat/completions", body)
         assert said.status == 400
         assert said.error
+
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_half_of_a_surrogate_pair_is_refused_wherever_it_stands(self, app, path, stream):
+        said = {"prompt": "a", "input": "a", "messages": CHAT["messages"], "stream": stream, "max_tokens": 3}
+        for field in ({"user": "\ud800"}, {"metadata": {"\udfff": "a"}}, {"prompt": "\udc00\ud800"}):
+            body = json.dumps(said | field).encode()
+            refused = request(app, "POST", path, body)
+            assert refused.status == 400
+            assert "surrogate" in refused.error["message"]
+            raw = json.dumps(said | field, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            assert request(app, "POST", path, raw).status == 400
+
+    def test_a_whole_surrogate_pair_is_a_character(self, app):
+        messages = [{"role": "user", "content": "\U0001f600"}]
+        body = json.dumps({"messages": messages, "max_tokens": 3}).encode()
+        assert b"ud83d" in body
+        assert request(app, "POST", "/v1/chat/completions", body).status == 200
 
     @pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
     def test_other_media_types(self, app, media):

@@ -1,6 +1,7 @@
 """The body of a request: JSON within bounds, then a model of `schema`."""
 
 import json
+import re
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -10,6 +11,7 @@ from qwen3_jax.server.errors import ApiError, clip, from_validation
 from qwen3_jax.server.options import ServerOptions
 
 Model = TypeVar("Model", bound=BaseModel)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 async def read(request: Request, model: type[Model]) -> Model:
@@ -35,12 +37,13 @@ async def read(request: Request, model: type[Model]) -> Model:
 
 
 def parse(data: bytes, options: ServerOptions) -> Any:
-    """Parse JSON, refusing NaN and Infinity, bodies of too many values, and deep nesting."""
+    """Parse JSON, refusing NaN and Infinity, bodies of too many values, deep nesting, and halves of surrogate pairs."""
     values = data.count(b",") + data.count(b"[") + data.count(b"{")  # counts those inside of strings too
     if values > options.max_json_values:
         raise ApiError(400, f"the body has about {values} values: at most {options.max_json_values} are allowed")
     try:
-        value = json.loads(data, parse_constant=_constant)
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_constant)
     except RecursionError:
         raise _too_deep(options) from None
     except ApiError:
@@ -50,6 +53,12 @@ def parse(data: bytes, options: ServerOptions) -> Any:
         raise ApiError(400, f"the body is not JSON: {reason}") from None
     if data.count(b"[") + data.count(b"{") > options.max_json_depth:
         _check_depth(value, options)
+    if _SURROGATE.search(text):  # a pair is a character; a half could be said back to nobody
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(error.object[error.start]):X}"
+            raise ApiError(400, f"the body holds half of a surrogate pair, {half}, which is no character") from None
     return value
 
 
