@@ -286,6 +286,27 @@ def test_a_ragged_exchange_sends_its_rows_only():
     assert walk(program(body), UNIT).ici_bytes == 75
 
 
+def test_a_sparse_core_scatters():
+    """It starts like a call: five places are read and written, their numbers and what is added are read."""
+    kinds = "f32[25], s32[5], f32[5]"
+    body = f"""\
+  %p = f32[25]{{0}} parameter(0)
+  %i = s32[5]{{0}} parameter(1)
+  %u = f32[5]{{0}} parameter(2)
+  %start = (({kinds}), f32[25]{{0}}, u32[]{{:S(8)}}) call-start(%p, %i, %u), to_apply=%scatter
+  ROOT %done = f32[25]{{0}} call-done(%start)"""
+    scatter = """\
+%scatter (a: f32[25], b: s32[5], c: f32[5]) -> f32[25] {
+  %a = f32[25]{0} parameter(0)
+  %b = s32[5]{0} parameter(1)
+  %c = f32[5]{0} parameter(2)
+  ROOT %s = f32[25]{0} scatter(%a, %b, %c), to_apply=%add
+}
+"""
+    found = walk(program(body, others=ADD + "\n" + scatter, parameters="p: f32[25], i: s32[5], u: f32[5]"), UNIT)
+    assert found.hbm_bytes == 5 * 4 * (2 + 1 + 1)
+
+
 def test_a_gathered_parameter_is_reported():
     body = """\
   %p = f32[32768]{0} parameter(0)

@@ -129,7 +129,8 @@ def _forward(tile: int, likely: Any, interpret: bool, only: Any, *arrays: jax.Ar
 
 def _backward(tile: int, likely: Any, interpret: bool, only: Any, saved: Any, slope: jax.Array) -> tuple[Any, ...]:
     assert only is None, "turns have no gradient, see moe.grouped"
-    d_rows, *d_stacks = gradients(tile, likely, interpret, *saved, slope)
+    rows, sizes, gate_proj, up_proj, down_proj = saved
+    d_rows, *d_stacks = gradients(tile, likely, interpret, rows, sizes, gate_proj, up_proj, down_proj, slope)
     return d_rows, None, *d_stacks
 
 

@@ -57,7 +57,8 @@ class Prices:
         starts = opcode.endswith("-start")
         opcode = opcode.removesuffix("-start")
         if (starts and opcode in ("async", "call")) or (starts and instruction.called("calls")):
-            body = self._called(instruction, "calls")
+            # What runs on a sparse core is a "call-start", which names its computation like a call.
+            body = self._called(instruction, "calls" if instruction.called("calls") else "to_apply")
             op = self._fused(instruction, body, computation)
         elif opcode in COLLECTIVES:
             op = self._collective(computation, instruction, opcode, starts)
