@@ -4,6 +4,8 @@ The bound is relative to the largest value, 1e-5: at real widths a float32 sum h
 summation orders part by about sqrt(terms) units in the last place.
 """
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from qwen3_jax.config import Qwen3Config
 T = 6
 SIZES = ["Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B"]
 EXPERT_SIZES = ["Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder-480B-A35B-Instruct"]
+ALIGNED = 64  # bytes: such memory JAX takes as it is, and a layer of 32B has 2 GB
 # A prime length: repeating it fills billions of weights in seconds and no two rows are alike.
 BLOCK = np.random.default_rng(0).uniform(-1, 1, 1_048_573).astype(np.float32)
 
@@ -31,7 +34,12 @@ def weight(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     fan_in = np.prod(shape[1:]) if name == "o_proj" else shape[-1]
     block = np.roll(BLOCK, sum(map(ord, name)) * 7919 % BLOCK.size)
     block = 1 + 0.2 * block if "norm" in name else block * np.float32((3 / fan_in) ** 0.5)
-    return jnp.asarray(np.resize(block.astype(dtype), shape))
+    block, size = block.astype(dtype), math.prod(shape)
+    memory = np.empty(size * block.itemsize + ALIGNED, np.uint8)
+    whole = memory[-memory.ctypes.data % ALIGNED :][: size * block.itemsize].view(block.dtype)
+    for start in range(0, size, BLOCK.size):
+        whole[start : start + BLOCK.size] = block[: size - start]
+    return jnp.asarray(whole.reshape(shape))
 
 
 def layer_parameters(config: Qwen3Config, dtype: jnp.dtype) -> tuple[nnx.GraphDef, dict]:
@@ -60,8 +68,10 @@ def hf_config(config: Qwen3Config):
 
 
 def load(module: torch.nn.Module, name: str, array: jax.Array) -> None:
-    target = module.get_parameter(name)
-    target.data = torch.from_numpy(np.array(array, np.float32)).reshape(target.shape)
+    """Give a module its float32 weight, out of the memory that JAX holds it in."""
+    weight = torch.from_dlpack(array).float().reshape(module.get_parameter(name).shape)
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, torch.nn.Parameter(weight, requires_grad=False))
 
 
 def inputs(config: Qwen3Config) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +89,8 @@ def assert_close_to_the_largest(actual: np.ndarray, expected: np.ndarray) -> Non
 
 def hf_attention_block(hf, modeling, params, x, positions):
     """Return transformers' attention output and the residual stream after it."""
-    attention = modeling.__dict__[hf.__class__.__name__.replace("Config", "Attention")](hf, 0)
+    with torch.device("meta"):  # random numbers that `load` replaces would take seconds
+        attention = modeling.__dict__[hf.__class__.__name__.replace("Config", "Attention")](hf, 0)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
         load(attention, f"{name}.weight", params["self_attn"][name])
     norm = modeling.__dict__[hf.__class__.__name__.replace("Config", "RMSNorm")](hf.hidden_size, hf.rms_norm_eps)
@@ -101,7 +112,8 @@ def test_dense_layer(name):
     actual, taps = run_layer(config, graphdef, params, x, positions)
     hf = hf_config(config)
     attention, stream, normed = hf_attention_block(hf, modeling_qwen3, params, x, positions)
-    mlp = modeling_qwen3.Qwen3MLP(hf)
+    with torch.device("meta"):
+        mlp = modeling_qwen3.Qwen3MLP(hf)
     for projection in ("gate_proj", "up_proj", "down_proj"):
         load(mlp, f"{projection}.weight", params["mlp"][projection])
     assert_close_to_the_largest(taps["0.self_attn.output"], attention.numpy())
