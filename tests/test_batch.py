@@ -22,6 +22,7 @@ from qwen3_jax.server import batch
 from qwen3_jax.server.app import create_app
 from qwen3_jax.server.batch import BatchError, Index, Results, Tally
 from qwen3_jax.server.options import ServerOptions
+from tests import engines
 from tests.fake_engine import FakeEngine, Step
 
 ROOT = Path(__file__).parents[1]
@@ -211,10 +212,11 @@ def test_an_interrupt_keeps_what_is_answered_and_gives_up_the_rest(tmp_path: Pat
 
 
 def test_a_killed_run_goes_on_without_losing_or_repeating_a_line(tmp_path: Path):
-    """The real engine on the embedded checkpoint, killed without warning while it writes."""
+    """The real engine on a tiny model, killed without warning while it writes."""
+    engines.write(tmp_path / "demo", num_hidden_layers=1)
     lines = [ask(f"request-{n}", f"What is {n} plus {n}?", max_tokens=4 + n % 5, seed=n) for n in range(60)]
     source, target = write(tmp_path / "in.jsonl", [*lines, "not a request"]), tmp_path / "out.jsonl"
-    flags: Any = {"rows": 2, "chunk_tokens": 16, "cache_tokens": 2048}
+    flags: Any = {"model": str(tmp_path / "demo"), "rows": 2, "chunk_tokens": 16, "cache_tokens": 2048}
     program = "from pathlib import Path; from qwen3_jax.cli_batch import Batch; "
     program += f"raise SystemExit(Batch(Path({str(source)!r}), Path({str(target)!r}), **{flags!r}).run())"
     # Answers are written one by one, so that there are many moments to be killed at.
