@@ -5,6 +5,8 @@ import json
 import logging
 import re
 import signal
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,6 @@ weights = "{model}"
 [run]
 folder = "{folder}"
 save_every = 4
-compile_cache = "{cache}"
 {run}
 
 [schedule]
@@ -77,10 +78,10 @@ def counting(path, seed, count=60):
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """Make the configuration of a run in a new folder; all share a compile cache."""
+    """Make the configuration of a run in a new folder."""
     root = tmp_path_factory.mktemp("runs")
     model, _ = tiny.save(root / "model", moe=False)
-    shared = {"model": model, "cache": root / "cache", "data": counting(root / "data.jsonl", 0),
+    shared = {"model": model, "data": counting(root / "data.jsonl", 0),
               "held": counting(root / "held.jsonl", 1)}  # fmt: skip
 
     def make(name, *changes, run=""):
@@ -88,8 +89,7 @@ def make(tmp_path_factory):
         file.write_text(RUN.format(folder=root / name, run=run, **shared))
         return configs.load(file, changes)
 
-    yield make
-    jax.config.update("jax_compilation_cache_dir", None)
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -230,10 +230,96 @@ def test_tensorboard_has_the_numbers(whole):
     assert losses == pytest.approx({line["step"]: line["loss"] for line in steps_of(folder)})
 
 
-def test_a_writer_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+def wandb_says(folder):
+    """The run's names, the configuration and the losses in what Weights & Biases wrote: LevelDB's log, its records."""
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
+
+    names, config, losses = set(), {}, {}
+    for file in folder.glob("wandb/offline-run-*/*.wandb"):
+        data, at, kept = file.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if (left := 32768 - at % 32768) < 7:  # no header fits into the rest of a block
+                at += left
+                continue
+            size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+            kept, at = kept + data[at + 7 : at + 7 + size], at + 7 + size
+            if kind in (1, 4):  # whole, or the last piece
+                record, kept = wandb_internal_pb2.Record.FromString(kept), b""
+                if record.HasField("run"):
+                    names.add(record.run.run_id)
+                    config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+                values = {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                losses |= {values["_step"]: values["loss"]} if "loss" in values else {}
+    return names, config["stages"][1]["steps"], losses
+
+
+def mlflow_says(folder):
+    import mlflow  # pyright: ignore[reportMissingImports]
+
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    metrics = mlflow.MlflowClient().get_metric_history(runs[0].info.run_id, "loss")
+    losses = {metric.step: metric.value for metric in metrics}
+    return {run.info.run_id for run in runs}, int(runs[0].data.params["stages.1.steps"]), losses
+
+
+@pytest.mark.parametrize(("name", "needs", "read"), [
+    ("wandb", ["wandb"], wandb_says),
+    ("mlflow", ["mlflow", "sqlalchemy", "alembic"], mlflow_says),
+])  # fmt: skip
+def test_services_have_the_numbers_of_a_run_that_was_stopped(make, tmp_path, monkeypatch, name, needs, read):
+    """The services' own packages: one run in both starts, its configuration, every loss."""
+    for package in needs:
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install {name}")
+    monkeypatch.chdir(tmp_path)  # where MLflow puts its database
+    for variable in ("WANDB_MODE", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+    config = make(name, run=f"writers = ['{name}']")
+    folder = loop.Path(config.run.folder)
+    stopped = loop.train(config, observe=lambda step, _: signal.raise_signal(signal.SIGTERM) if step == 3 else None)
+    assert stopped.exit_code == loop.signals.EXIT_STOPPED
+    assert loop.train(config).exit_code == 0
+    names, steps, losses = read(folder)
+    assert names == {(folder / f"{name}.id").read_text()}
+    assert steps == 4
+    assert losses == pytest.approx({line["step"]: line["loss"] for line in steps_of(folder)})
+
+
+class Failing:
+    """A service that is lost after two steps, and then for ever."""
+
+    def __init__(self):
+        self.steps = []
+
+    def write(self, step, values):
+        if step > 2:
+            raise ConnectionError("nobody\nlistens")
+        self.steps.append(step)
+
+    def close(self):
+        raise AssertionError("asked again")
+
+
+def test_a_service_that_fails_does_not_end_the_run(caplog):
+    failing = Failing()
+    service = writers.Service("mlflow", failing)
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 6):
+            service.write(step, {"loss": 1.0})
+        service.close()
+    assert failing.steps == [1, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "mlflow records nothing from step 3 on, metrics.jsonl has it: nobody listens"
+    ]
+
+
+def test_a_writer_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(writers.WriterError, match=r"run\.writers names wandb.*pip install wandb"):
         writers.open_all(tmp_path, ["wandb"], {}, resume_from=0)
+    absent = types.SimpleNamespace(set_experiment=lambda name: Failing().close())
+    monkeypatch.setitem(sys.modules, "mlflow", absent)
+    with pytest.raises(writers.WriterError, match=r"names mlflow, which cannot be opened: asked again"):
+        writers.open_all(tmp_path, ["mlflow"], {}, resume_from=0)
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path):

@@ -1,20 +1,25 @@
 """Where metrics go: metrics.jsonl always, TensorBoard, Weights & Biases and MLflow when a run asks for them.
 
 A writer takes a step and a flat dict of numbers (lists of numbers only in JSON lines). The three services are optional
-packages, imported when named; Weights & Biases stays offline unless WANDB_MODE says otherwise.
+packages, imported when named; Weights & Biases stays offline unless WANDB_MODE says otherwise. A run keeps its name
+there, a file in its folder, so that a resumed run goes on with the same curves. A service that fails later is given up
+with a warning: training does not end by it, and metrics.jsonl has every number.
 """
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 METRICS = "metrics.jsonl"
 
+log = logging.getLogger(__name__)
+
 
 class WriterError(ValueError):
-    """A writer whose package is missing."""
+    """A writer whose package is missing, or that cannot be opened."""
 
 
 class Writer(Protocol):
@@ -80,10 +85,12 @@ class WandB:
         import wandb  # pyright: ignore[reportMissingImports]
 
         mode: Any = os.environ.get("WANDB_MODE", "offline")
+        name = folder / "wandb.id"
         self._run = wandb.init(
-            project="qwen3_jax", name=folder.name, id=folder.name, resume="allow", dir=str(folder), mode=mode,
-            config=dict(config),
+            project=os.environ.get("WANDB_PROJECT", "qwen3_jax"), name=folder.name, id=_kept(name), resume="allow",
+            dir=str(folder), mode=mode, config=dict(config),
         )  # fmt: skip
+        name.write_text(self._run.id)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log(scalars(values), step=step)
@@ -93,21 +100,66 @@ class WandB:
 
 
 class MLflow:
-    """An MLflow run; where, is MLFLOW_TRACKING_URI's to say."""
+    """An MLflow run; where, is MLFLOW_TRACKING_URI's to say (by default mlflow.db in the working directory)."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         import mlflow  # pyright: ignore[reportMissingImports]
 
-        self._mlflow = mlflow
-        mlflow.set_experiment("qwen3_jax")
-        mlflow.start_run(run_name=folder.name)
-        mlflow.log_dict(dict(config), "config.json")
+        self._mlflow, name = mlflow, folder / "mlflow.id"
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "qwen3_jax"))
+        before = _kept(name)
+        run = mlflow.start_run(run_id=before, run_name=None if before else folder.name)
+        if before is None:  # a run's parameters are written once
+            mlflow.log_params(_flat(config))
+        name.write_text(run.info.run_id)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._mlflow.log_metrics(scalars(values), step=step)
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+
+class Service:
+    """A service behind a writer that never raises; after a failure it is not asked again."""
+
+    def __init__(self, name: str, writer: Writer):
+        self._name, self._writer = name, writer
+        self._failed = False
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._try(lambda: self._writer.write(step, values), f"from step {step} on")
+
+    def close(self) -> None:
+        self._try(self._writer.close, "at the end")
+
+    def _try(self, action: Callable[[], None], when: str) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:  # services raise what they like
+            self._failed = True
+            log.warning("%s records nothing %s, %s has it: %s", self._name, when, METRICS, _line(error))
+
+
+def _kept(path: Path) -> str | None:
+    """Return the name that a service gave this run at an earlier start."""
+    return path.read_text().strip() or None if path.is_file() else None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a configuration's values by dotted name, as on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = {str(i): one for i, one in enumerate(value)}
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
@@ -119,9 +171,9 @@ def open_all(folder: Path, names: Sequence[str], config: Mapping[str, Any], *, r
     """Open metrics.jsonl and the named services.
 
     Raises:
-        WriterError: a named service's package is not installed.
+        WriterError: a named service's package is not installed, or it cannot be opened.
     """
-    make = {
+    make: dict[str, Callable[[], Writer]] = {
         "tensorboard": lambda: TensorBoard(folder, resume_from),
         "wandb": lambda: WandB(folder, config),
         "mlflow": lambda: MLflow(folder, config),
@@ -129,10 +181,14 @@ def open_all(folder: Path, names: Sequence[str], config: Mapping[str, Any], *, r
     writers: list[Writer] = []
     for name in names:
         try:
-            writers.append(make[name]())
+            writers.append(Service(name, make[name]()))
         except ImportError as error:
             package = {"tensorboard": "tensorboardX"}.get(name, name)
             raise WriterError(
                 f"run.writers names {name}, whose package cannot be imported ({error}): pip install {package}"
             ) from None
+        except Exception as error:
+            raise WriterError(
+                f"run.writers names {name}, which cannot be opened: {_line(error)}: see to it, or leave it out"
+            ) from error
     return [JsonLines(folder / METRICS, resume_from=resume_from), *writers]
