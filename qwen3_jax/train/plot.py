@@ -6,6 +6,7 @@
 import base64
 import html
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,11 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = runs[0] / "plot.png" if out is None else out
     if out.suffix not in (".png", ".html"):
         raise PlotError(f"{out}: give a .png or a .html file")
-    tables = {}
+    runs = list(dict.fromkeys(run.absolute() for run in runs))
     for run in runs:
         if not (run / METRICS).is_file():
             raise PlotError(f"{run}: has no {METRICS}: give the folder of a run")
-        tables[run.name] = list(loop.records(run))
+    tables = {name: list(loop.records(run)) for name, run in zip(_names(runs), runs, strict=True)}
     picture = _draw(tables)
     if out.suffix == ".png":
         out.write_bytes(picture)
@@ -73,13 +74,23 @@ def _series(table: list[dict[str, Any]], key: str) -> Series:
     return np.array(steps, float), np.array(values, float)
 
 
-def _smooth(series: Series, window: int = 25) -> Series:
-    """Return the mean of every `window` points in a row, at their middle; short series stay as they are."""
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Return the folders' names, with as many of the folders above as tell the runs apart."""
+    attempts = (["/".join(run.parts[-count:]) for run in runs] for count in itertools.count(1))
+    return next(names for names in attempts if len(set(names)) == len(runs))
+
+
+def _smooth(series: Series, reach: int = 12) -> Series:
+    """Return the mean of every point with `reach` neighbours on either side, fewer near the ends."""
     steps, values = series
-    if len(values) < 4 * window:
+    if len(values) < 8 * reach:
         return series
-    kernel = np.ones(window) / window
-    return steps[window // 2 : len(steps) - (window - 1) // 2], np.convolve(values, kernel, "valid")
+    at = np.arange(len(values))
+    reaches = np.minimum(reach, np.minimum(at, at[::-1]))
+    sums = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(values), values, 0))])
+    counts = np.concatenate([[0.0], np.cumsum(np.isfinite(values))])
+    first, last = at - reaches, at + reaches + 1
+    return steps, (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
 
 
 def _draw(tables: dict[str, list[dict[str, Any]]]) -> bytes:
@@ -87,19 +98,19 @@ def _draw(tables: dict[str, list[dict[str, Any]]]) -> bytes:
         import matplotlib
 
         matplotlib.use("agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot, ticker
     except ImportError as error:
         raise PlotError(f"matplotlib cannot be imported ({error}): pip install 'qwen3-jax[train]'") from None
-    routed = any("expert_load" in line for table in tables.values() for line in table)
+    routed = {name: table for name, table in tables.items() if any("expert_load" in line for line in table)}
     figure, grid = pyplot.subplots(3 if routed else 2, 2, figsize=(12, 11 if routed else 7.5), layout="constrained")
-    panels = grid.reshape(-1)
+    panels = list(grid.reshape(-1))
+    heat = panels.pop() if routed else None
     single = len(tables) == 1
-    for i, (name, table) in enumerate(tables.items()):
-        color = f"C{i}"
-        loss = _series(table, "loss")
+    colors = {name: f"C{i}" for i, name in enumerate(tables)}
+    for name, table in tables.items():
+        color, loss = colors[name], _series(table, "loss")
         label = None if single else name
-        if single:
-            panels[0].plot(*loss, color=color, alpha=0.25, linewidth=0.8, label="of a step")
+        panels[0].plot(*loss, color=color, alpha=0.25, linewidth=0.8, label="of a step" if single else None)
         panels[0].plot(*_smooth(loss), color=color, label="training" if single else name)
         held_out = _series(table, "eval_cross_entropy")
         if len(held_out[0]):
@@ -119,10 +130,15 @@ def _draw(tables: dict[str, list[dict[str, Any]]]) -> bytes:
     for panel, title in zip(panels, titles, strict=False):
         panel.set_title(title, loc="left")
     panels[2].set_yscale("log")
-    if routed:
-        _draw_experts(panels[4], panels[5], next(iter(tables.values())))
+    panels[2].yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    panels[2].yaxis.set_major_formatter("{x:g}")
+    panels[2].yaxis.set_minor_formatter(ticker.NullFormatter())
+    panels[3].set_ylim(bottom=0)
+    if heat is not None:
+        _draw_experts(panels[4], heat, routed, colors, single=single)
+    last = max(line["step"] for table in tables.values() for line in table)
     for panel in panels:
-        panel.set_xlabel(panel.get_xlabel() or "step")
+        panel.set(xlabel="step", xlim=(0, last * 1.02))
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     if panels[0].get_legend_handles_labels()[0]:
@@ -133,15 +149,25 @@ def _draw(tables: dict[str, list[dict[str, Any]]]) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_experts(over_time: Any, at_end: Any, table: list[dict[str, Any]]) -> None:
-    """Draw the busiest and idlest expert over time, and every expert of every layer at the end."""
-    for key, label in {"expert_load_max": "busiest", "expert_load_min": "idlest"}.items():
-        over_time.plot(*_smooth(_series(table, key)), label=label)
+def _draw_experts(
+    over_time: Any, at_end: Any, tables: dict[str, list[dict[str, Any]]], colors: dict[str, str], *, single: bool
+) -> None:
+    """Draw the busiest and the idlest expert of each run over time, and every expert of the last run at its end."""
+    for name, table in tables.items():
+        for key, style in {"expert_load_max": "-", "expert_load_min": "--"}.items():
+            what = {"expert_load_max": "busiest", "expert_load_min": "idlest"}[key]
+            label = what if single else f"{name}, {what}"
+            over_time.plot(*_smooth(_series(table, key)), style, color=colors[name], label=label)
     over_time.axhline(1, color="gray", linewidth=0.8)
     over_time.set_title("expert load, 1 = fair share", loc="left")
+    over_time.set_ylim(bottom=0)
     over_time.legend(frameon=False)
-    load = np.array(next(line["expert_load"] for line in reversed(table) if "expert_load" in line))
+    name, table = list(tables.items())[-1]
+    line = next(line for line in reversed(table) if "expert_load" in line)
+    load = np.array(line["expert_load"])
     image = at_end.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    at_end.figure.colorbar(image, ax=at_end)
-    at_end.set_title("load at the last step", loc="left")
+    at_end.figure.colorbar(image, ax=at_end, extend="max" if load.max() > 2 else "neither")
+    at_end.set_title(f"load at step {line['step']}" + ("" if single else f" of {name}"), loc="left")
     at_end.set(xlabel="expert", ylabel="MoE layer")
+    at_end.xaxis.get_major_locator().set_params(integer=True)
+    at_end.yaxis.get_major_locator().set_params(integer=True)
