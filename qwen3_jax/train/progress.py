@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from qwen3_jax.train.config import TrainConfig
 
@@ -32,17 +33,32 @@ def show(config: TrainConfig, *, quiet: bool = False) -> Iterator[Callable[[int,
 
         yield say
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[numbers]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task("train", total=total, numbers="")
+    with _Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:  # fmt: skip
+        task = bar.add_task("train", total=total)
 
         def move(step: int, metrics: dict[str, Any]) -> None:
             if "eval_cross_entropy" in metrics:
                 bar.print(f"step {step} {line(metrics)}")
             else:
-                bar.update(task, completed=step, description=metrics["stage"], numbers=line(metrics))
+                if not bar.numbers:  # a resumed run did not make its earlier steps just now
+                    bar.reset(task, completed=step - 1)
+                bar.numbers = line(metrics)
+                bar.update(task, completed=step, description=metrics["stage"])
 
         yield move
+
+
+class _Bar(Progress):
+    """A bar, and below it, so that both fit into a narrow terminal, the numbers."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.numbers, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def line(metrics: dict[str, Any]) -> str:
@@ -59,5 +75,5 @@ def line(metrics: dict[str, Any]) -> str:
     }
     parts = [shape.format(metrics[name]) for name, shape in shapes.items() if name in metrics]
     if metrics.get("refused_total"):
-        parts.append(f"{metrics['refused_total']} refused")
+        parts.insert(1, f"{metrics['refused_total']} refused")
     return " · ".join(parts)
