@@ -1,13 +1,14 @@
 """Write the demo's model card, README.md and budget.png, from what `qwen3-jax eval` measured.
 
-python scripts/demo_card.py FOLDER EVAL [MOE_EVAL]      # EVAL as in runs/demo/dense/eval
+python scripts/demo_card.py FOLDER EVAL [MOE_EVAL]      # as runs/demo/dense/eval, and runs/demo/moe/eval beside folder
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from qwen3_jax.evaluate import report
 
 CARD = """---
 language: [en, ja, ko]
@@ -40,33 +41,52 @@ Limits: numbers longer than four digits, lists longer than six and everything ou
 SIBLING = """
 ## Dense and mixture of experts
 
-The same data and active size, trained by the same script (`scripts/make_demo.sh OUT moe`), greedy:
+A sibling with {experts} experts per layer, {chosen} of them active, has as many active parameters. It was trained on
+the same data by the same script (`scripts/make_demo.sh OUT moe`) and answered the same problems; greedy:
 
-| | parameters, M | thinking | non-thinking |
-| --- | --- | --- | --- |
+| | parameters, M | active, M | {columns} |
+| --- | --- | --- | {rule} |
 {rows}"""
 
 
-def rate(results: dict[str, Any], *, thinking: bool) -> str:
-    """Return the greedy rate of all tasks without a budget, with its interval."""
-    (mode,) = (m for m in results["modes"] if (m["thinking"], m["budget"], m["sampled"]) == (thinking, None, False))
+def rate(mode: dict[str, Any]) -> str:
+    """Return the rate of all tasks in per cent, with its interval."""
     low, high = mode["interval"]
     return f"{100 * mode['rate']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """Return an evaluation's results; those written without the active parameters are of a dense model."""
+    results = json.loads((folder / "results.json").read_text())
+    results["settings"].setdefault("active_parameters", results["settings"]["parameters"])
+    return results
+
+
+def compare(models: dict[str, dict[str, Any]], config: dict[str, Any]) -> str:
+    """Return the section that compares models of the same problems, a row each."""
+    found = [{mode["name"]: mode for mode in results["modes"] if not mode["sampled"]} for results in models.values()]
+    shared = [name for name in found[0] if all(name in modes for modes in found)]
+    columns = [name.removesuffix(", greedy").replace("thinking, budget", "budget") for name in shared]
+    rows = ""
+    for (name, results), modes in zip(models.items(), found, strict=True):
+        sizes = [f"{results['settings'][size] / 1e6:.1f}" for size in ("parameters", "active_parameters")]
+        rows += f"| {' | '.join([name, *sizes, *(rate(modes[mode]) for mode in shared)])} |\n"
+    return SIBLING.format(
+        experts=config["num_experts"], chosen=config["num_experts_per_tok"], rows=rows,
+        columns=" | ".join(columns), rule=" | ".join(["---"] * len(columns)),
+    )  # fmt: skip
+
+
 def write(folder: Path, measured: Path, moe: Path | None) -> None:
     """Put the card and the curve into the model folder."""
-    results = json.loads((measured / "results.json").read_text())
-    settings, sibling = results["settings"], ""
+    results, sibling = read(measured), ""
+    settings = results["settings"]
     if moe is not None:
-        rows = ""
-        for name, found in (
-            ("dense", results),
-            ("8 experts, 2 active", json.loads((moe / "results.json").read_text())),
-        ):
-            size = found["settings"]["parameters"] / 1e6
-            rows += f"| {name} | {size:.1f} | {rate(found, thinking=True)} | {rate(found, thinking=False)} |\n"
-        sibling = SIBLING.format(rows=rows)
+        models = {"dense": results, "mixture of experts": read(moe)}
+        sibling = compare(models, json.loads((moe.parent / "folder" / "config.json").read_text()))
+        report.plot(models, folder / "budget.png")
+    else:
+        report.plot({"thinking, by budget": results}, folder / "budget.png")
     card = CARD.format(
         parameters=settings["parameters"] / 1e6,
         model="qwen3_jax/demo",
@@ -76,7 +96,6 @@ def write(folder: Path, measured: Path, moe: Path | None) -> None:
         sibling=sibling,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copyfile(measured / "budget.png", folder / "budget.png")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_outcomes_are_counted_and_written(tmp_path):
     table = report.to_markdown(outcomes)
     assert "| add | 4 | 0.0 (0.0–49.0) | 75.0 (30.1–95.4) |" in table
     assert "| 16 | 37.5 (13.7–69.4) | 6 |" in table
-    report.plot(outcomes, tmp_path / "curve.png")
+    report.plot({"x": written}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(EvaluationError, match="no chat template"):
         harness.evaluate(answer, None, defaults, problems, modes, max_tokens=9, seed=5)

@@ -1,6 +1,6 @@
 """Outcomes of an evaluation as JSON, as Markdown for a model card, and the budget curve as PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,33 +49,49 @@ def curve(outcomes: Sequence[Outcome]) -> list[tuple[int, Score]]:
     return sorted(((m.budget or 0, score(outcomes, mode=m)) for m in modes), key=lambda point: point[0])
 
 
-def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw accuracy against thinking budget, with 95% intervals and the non-thinking line.
+def plot(results: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """Draw greedy accuracy against thinking budget, with 95% intervals and what is right without a budget.
+
+    Args:
+        results: of `to_dict`, by the name of the model.
+        path: of the PNG.
 
     Raises:
-        EvaluationError: matplotlib is not installed, or no mode has a budget.
+        EvaluationError: matplotlib is not installed, or a model has no mode with a budget.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError:
         raise EvaluationError("the curve needs matplotlib: pip install 'qwen3_jax[train]'") from None
-    points = curve(outcomes)
-    if not points:
-        raise EvaluationError("no mode has a thinking budget: there is no curve")
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    budgets, rates = [b for b, _ in points], [100 * s.rate for _, s in points]
-    low, high = ([100 * s.interval[side] for _, s in points] for side in (0, 1))
-    axes.fill_between(budgets, low, high, alpha=0.2)
-    axes.plot(budgets, rates, marker="o", label="thinking, by budget")
-    for mode in _modes(outcomes):
-        if mode.budget is None and not mode.sampled:
-            style = "--" if mode.thinking else ":"
-            axes.axhline(100 * score(outcomes, mode=mode).rate, linestyle=style, color="grey", label=mode.name)
-    axes.set_xscale("symlog", base=2, linthresh=8)
-    axes.set_xticks(budgets, list(map(str, budgets)))
-    axes.set(xlabel="thinking budget, tokens", ylabel="right answers, %", ylim=(0, 100))
-    axes.legend()
+    ticks: set[int] = set()
+    for i, (name, found) in enumerate(results.items()):
+        greedy = [mode for mode in found["modes"] if not mode["sampled"]]
+        points = sorted((mode for mode in greedy if mode["budget"] is not None), key=lambda mode: mode["budget"])
+        if not points:
+            raise EvaluationError(f"{name}: no mode has a thinking budget: there is no curve")
+        budgets = [mode["budget"] for mode in points]
+        ticks.update(budgets)
+        low, high = ([100 * mode["interval"][side] for mode in points] for side in (0, 1))
+        axes.fill_between(budgets, low, high, alpha=0.2, color=f"C{i}", linewidth=0)
+        axes.plot(budgets, [100 * mode["rate"] for mode in points], marker="o", markersize=4, color=f"C{i}", label=name)
+        for mode in greedy:
+            if mode["budget"] is None:
+                axes.axhline(100 * mode["rate"], linestyle="--" if mode["thinking"] else ":", color=f"C{i}", alpha=0.7)
+    if min(ticks) > 0:
+        axes.set_xscale("log", base=2)
+    else:
+        axes.set_xscale("symlog", base=2, linthresh=min(ticks - {0}, default=1), linscale=0.5)
+    axes.set_xticks(sorted(ticks), list(map(str, sorted(ticks))), fontsize="small")
+    axes.minorticks_off()
+    axes.set(xlabel="thinking budget, tokens", ylabel="right answers, %, greedy", ylim=(0, 100))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    lines = [Line2D([], [], color="gray", linestyle=style) for style in ("--", ":")]
+    curves, names = axes.get_legend_handles_labels()
+    axes.legend([*curves, *lines], [*names, "without a budget", "non-thinking"], frameon=False, loc="center left")
     figure.savefig(path, dpi=150)
 
 

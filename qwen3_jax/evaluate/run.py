@@ -69,6 +69,7 @@ def run(options: Options, *, progress: Callable[[str], None]) -> None:
     settings = {
         "model": model.name,
         "parameters": model.config.num_parameters(),
+        "active_parameters": model.config.num_active_parameters(),
         "dtype": options.dtype,
         "through": options.through,
         "tasks": [task.name for task in tasks],
@@ -76,10 +77,11 @@ def run(options: Options, *, progress: Callable[[str], None]) -> None:
         "max_tokens": options.max_tokens,
         "seed": options.seed,
     }
-    (output / "results.json").write_text(json.dumps(report.to_dict(outcomes, settings), indent=2) + "\n")
+    results = report.to_dict(outcomes, settings)
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (output / "results.md").write_text(report.to_markdown(outcomes), encoding="utf-8")
     if options.budgets:
-        report.plot(outcomes, output / "budget.png")
+        report.plot({model.name: results}, output / "budget.png")
 
 
 @contextmanager
