@@ -37,6 +37,18 @@ def network_of(config, **more):
     return stacked.Network(config, dtype=FLOAT, param_dtype=FLOAT, ops=OPS, **more)
 
 
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    """A thousand tokens of one id, gradient 1 each: in bfloat16, where 256 + 1 = 256, as in float32."""
+    tokens = jnp.zeros((4, 256), jnp.int32).at[0, 0].set(3)
+    for dtype in ("bfloat16", "float32"):
+        slope = jax.grad(lambda table: jnp.sum(stacked.embed(OPS, table, tokens).astype(jnp.float32)))(
+            jnp.zeros((5, 2), dtype)
+        )
+        assert slope.dtype == dtype
+        expected = np.array([1023, 0, 0, 1, 0], np.float32)[:, None] * np.ones((1, 2))
+        np.testing.assert_allclose(slope.astype(jnp.float32), expected, rtol=2**-8)
+
+
 def test_runs_of_equal_layers():
     assert stacked.runs(MIXED) == {0: 1, 1: 2, 3: 1, 4: 1}
     assert stacked.runs(config_of(num_hidden_layers=4, decoder_sparse_step=2)) == {0: 1, 1: 1, 2: 1, 3: 1}

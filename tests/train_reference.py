@@ -53,12 +53,14 @@ def make_step(
     mesh: Any = None,
     rules: Any = None,
     remat: str = "none",
+    dtype: str = "float32",
+    param_dtype: str = "float32",
 ) -> tuple[stacked.Network, TrainStep]:
-    """Make a float32 network and its step."""
+    """Make a network and its step."""
     network = stacked.Network(
         config,
-        dtype=jnp.dtype("float32"),
-        param_dtype=jnp.dtype("float32"),
+        dtype=jnp.dtype(dtype),
+        param_dtype=jnp.dtype(param_dtype),
         ops=for_platform("cpu") if ops is None else ops,
         groups=groups,
         remat=remat,

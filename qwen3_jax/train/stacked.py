@@ -10,6 +10,7 @@ Router statistics leave each layer as sums, never as [B, T, E] per layer; see `R
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -124,7 +125,7 @@ class Network:
             [B, T, D] in the compute dtype, and the routers' statistics over all that is no padding (None if dense).
         """
         outer = self.resolve({name: leaf for name, leaf in params.items() if name != "layers"})
-        x = self.ops.embed(outer["embed_tokens"], tokens).astype(self.dtype)
+        x = embed(self.ops, outer["embed_tokens"], tokens).astype(self.dtype)
         x = self.ops.constrain(x, "batch stream hidden")
         shared = Pass.of(self.config, positions, segment_ids)
         real = jnp.ones(tokens.shape, jnp.float32) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
@@ -151,6 +152,34 @@ class Network:
         """Return the output matrix [V, D]."""
         outer = self.resolve({name: leaf for name, leaf in params.items() if name != "layers"})
         return outer["embed_tokens" if self.config.tie_word_embeddings else "lm_head"]
+
+
+def embed(ops: Ops, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Look tokens up, see `Ops.embed`; the gradient of a row is summed over its tokens in float32.
+
+    In bfloat16 the sum of many stands still: 256 + 1 = 256.
+    """
+    found: Any = _embed(ops, table, tokens)
+    return found
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _embed(ops: Ops, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    return ops.embed(table, tokens)
+
+
+def _embed_forward(ops: Ops, table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
+    return ops.embed(table, tokens), (table[:, :0], tokens)  # its length and dtype
+
+
+def _embed_backward(ops: Ops, saved: Any, slope: jax.Array) -> tuple[jax.Array, None]:
+    like, tokens = saved
+    anywhere = jnp.zeros((like.shape[0], slope.shape[-1]), jnp.float32)  # never made: the lookup is linear
+    _, transposed = jax.vjp(lambda table: ops.embed(table, tokens), anywhere)
+    return transposed(slope.astype(jnp.float32))[0].astype(like.dtype), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
 
 
 def routing(logits: jax.Array, experts: jax.Array, real: jax.Array, groups: int) -> Routing:
