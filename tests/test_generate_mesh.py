@@ -4,26 +4,21 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+import pytest
 
 from qwen3_jax import cli
+from tests import engines
 from tests.ports import free_port
 
-DEMO = str(Path(__file__).parents[1] / "qwen3_jax" / "demo")
-ARGV = [
-    "generate",
-    DEMO,
-    "Hi there",
-    "Hello",
-    "Bye",
-    "--max-tokens",
-    "8",
-    "--seed",
-    "1",
-    "--dtype",
-    "float32",
-    "--json",
-]
+ASKED = ["Hi there", "Hello", "Bye", "--max-tokens", "8", "--seed", "1", "--dtype", "float32", "--json"]
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    engines.write(folder)
+    return ["generate", str(folder), *ASKED]
 
 
 def texts(out: str) -> list[dict]:
@@ -32,16 +27,17 @@ def texts(out: str) -> list[dict]:
     return [{key: record[key] for key in keys} for record in map(json.loads, lines)]
 
 
-def test_any_mesh_and_any_number_of_processes_say_the_same(capsys):
-    assert cli.main(ARGV) == 0
+def test_any_mesh_and_any_number_of_processes_say_the_same(argv, capsys):
+    capsys.readouterr()
+    assert cli.main(argv) == 0
     alone = texts(capsys.readouterr().out)
     assert len(alone) == 3
-    assert cli.main([*ARGV, "--mesh", "data=2,expert=2,model=2"]) == 0
+    assert cli.main([*argv, "--mesh", "data=2,expert=2,model=2"]) == 0
     assert texts(capsys.readouterr().out) == alone
 
     common = os.environ | {"QWEN3_COORDINATOR": f"127.0.0.1:{free_port()}", "QWEN3_NUM_PROCESSES": "2"}
     common["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    command = [sys.executable, "-m", "qwen3_jax", *ARGV, "--mesh", "data=2,model=4"]
+    command = [sys.executable, "-m", "qwen3_jax", *argv, "--mesh", "data=2,model=4"]
     processes = [
         subprocess.Popen(
             command,
@@ -62,6 +58,6 @@ def test_any_mesh_and_any_number_of_processes_say_the_same(capsys):
     assert texts(outs[1][0]) == []  # the first process speaks for all
 
 
-def test_a_mesh_of_another_size_is_refused_in_one_line(capsys):
-    assert cli.main([*ARGV, "--mesh", "model=3"]) == 2
+def test_a_mesh_of_another_size_is_refused_in_one_line(argv, capsys):
+    assert cli.main([*argv, "--mesh", "model=3"]) == 2
     assert "= 3 devices, have 8" in capsys.readouterr().err
