@@ -62,6 +62,9 @@ SAME = ("loss", "grad_norm", "examples", "tokens_total", "refused_total")  # of 
 EXIT_HUNG, EXIT_STOPPED, EXIT_REFUSED, EXIT_BAD = 124, 143, 3, 2
 
 
+_WORK = np.linspace(0, 1, 1 << 16)
+
+
 class Broken(AssertionError):
     """What must hold does not."""
 
@@ -100,6 +103,21 @@ def _slow_steps(seconds: float) -> None:
 
     def read(self: Any, pending: Any) -> None:
         time.sleep(seconds)
+        real(self, pending)
+
+    loop.Loop._read = read
+
+
+def _busy_steps(seconds: float) -> None:
+    """Make every step take so much processor time more, as a larger model's would."""
+    from qwen3_jax.train import loop
+
+    real = loop.Loop._read
+
+    def read(self: Any, pending: Any) -> None:
+        until = time.thread_time() + seconds
+        while pending is not None and time.thread_time() < until:
+            np.sin(_WORK)  # numpy lets other threads run
         real(self, pending)
 
     loop.Loop._read = read
@@ -182,6 +200,7 @@ def _small_disk(first: float, last: float) -> None:
 
 FAULTS: dict[str, Callable[..., None]] = {
     "slow": _slow_steps,
+    "busy": _busy_steps,
     "hang_step": _hang_step,
     "hang_loader": _hang_loader,
     "poison": _poison,

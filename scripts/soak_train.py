@@ -38,65 +38,70 @@ from scripts.soak_lab import (
 
 def t1(lab: Lab) -> str:
     """SIGTERM at random steps: the current step is saved, exit 143 within 30 s; the run goes on bit-equal."""
-    straight, run, draw = lab.reference(steps=200), lab.run("term", steps=200), random.Random(1)
-    slowest, stops = 0.0, 0
-    for i in range(lab.trials(20)):
+    trials, draw = lab.trials(20), random.Random(1)
+    steps = 12 * trials + 40  # more than the trials can use up
+    straight, run, slowest = lab.reference(steps=steps), lab.run("term", steps=steps), 0.0
+    for i in range(trials):
         at = max(run.metrics(), default=0) + draw.randint(1, 8)
         run.start(fault="slow 0.01")
-        if not run.until(lambda at=at: max(run.metrics(), default=0) >= at):
-            break
+        run.until(lambda at=at: max(run.metrics(), default=0) >= at)
         run.signal(signal.SIGTERM)
         asked = time.monotonic()
         code = run.wait(60)
-        if code == 0:
-            break
         slowest = max(slowest, time.monotonic() - asked)
-        stops += 1
         require(code == EXIT_STOPPED, f"trial {i}: exit {code}, expected 143: {run.log()}")
         made, saved = max(run.metrics()), run.latest()
         require(saved == made, f"trial {i}: step {made} was made, {saved} saved")
     require(slowest < 30, f"{slowest:.1f} s from the signal to the end")
-    if max(run.metrics()) < 200:
-        require(run.start().wait() == 0, run.log())
-    run.require_equal(straight, 200)
-    return f"{stops} signals, slowest exit {slowest:.2f} s, no step lost, bit-equal at the end"
+    require(run.start().wait() == 0, run.log())
+    run.require_equal(straight, steps)
+    return f"{trials} signals, slowest exit {slowest:.2f} s, no step lost, bit-equal at the end"
 
 
 def t2(lab: Lab) -> str:
-    """SIGKILL at random moments, half of them while files are being written: at most the save interval is lost."""
-    straight, run, draw = lab.reference(steps=1000), lab.run("kill", steps=1000), random.Random(2)
-    folder, kills, writing, lost = run.folder / "checkpoints", 0, 0, []
-    for i in range(lab.trials(50)):
+    """SIGKILL at random moments, half of them while files are being written: at most the save interval is lost.
+
+    Saves are asynchronous, so a kill that interrupts one also loses the steps that were made while it was written: the
+    next save waits for it, which makes them an interval at most.
+    """
+    kills, draw = lab.trials(50), random.Random(2)
+    steps = 24 * kills + 40  # more than the trials can use up
+    straight, run = lab.reference(steps=steps), lab.run("kill", steps=steps)
+    folder, lost = run.folder / "checkpoints", {"between": [0], "during": [0]}
+
+    def partial() -> set[str]:
+        return {path.name for path in folder.glob("*.partial")}
+
+    for i in range(kills):
+        before, old, starts = max(run.metrics(), default=0), partial(), len(run.events("started"))
         run.start(fault="slow 0.005")
-        before = max(run.metrics(), default=0)
-        if i % 2:  # while a save is under way, at a random moment of it
-            saves = draw.randint(0, 1)
-            marks = {path.name for path in folder.glob("*.partial")}
-
-            def saving(marks: set[str] = marks) -> bool:
-                return any(path.name not in marks for path in folder.glob("*.partial"))
-
-            for _ in range(saves):
-                run.until(saving)
-                run.until(lambda: not any(folder.glob("*.partial")))
-            run.until(saving)
-            time.sleep(draw.random() * 0.15)
+        if i % 2:  # at a random moment of a save
+            run.until(lambda old=old: bool(partial() - old))
+            time.sleep(draw.random() * 0.1)
+            run.until(lambda: bool(partial()))
+        elif i % 4:  # before the first step
+            run.until(lambda starts=starts: len(run.events("started")) > starts)
+            time.sleep(draw.random() * 0.2)
         else:
-            run.until(lambda before=before: max(run.metrics(), default=0) > before)
-            time.sleep(draw.random() * 0.6)
-        writing += any(folder.glob("*.partial"))
+            at = before + draw.randint(1, 12)
+            run.until(lambda at=at: max(run.metrics(), default=0) >= at)
+            time.sleep(draw.random() * 0.01)
         run.signal(signal.SIGKILL)
-        if run.wait() == 0:
-            break
-        kills += 1
+        code = run.wait()
+        require(code == -signal.SIGKILL, f"kill {i}: exit {code}, the run had ended: {run.log()}")
+        when, bound = ("during", 2 * SAVE_EVERY) if partial() else ("between", SAVE_EVERY)
         made, saved = max(run.metrics(), default=0), run.latest()
-        lost.append(made - saved)
-        # Saves are asynchronous: the one that the kill interrupts is the interval before it.
-        require(lost[-1] <= 2 * SAVE_EVERY, f"kill {i}: step {made} was made, {saved} saved")
+        lost[when].append(made - saved)
+        require(made - saved <= bound, f"kill {i}, {when} a save: step {made} was made, {saved} saved")
+    during = len(lost["during"]) - 1
+    require(during >= int(0.4 * kills), f"only {during} of {kills} kills came during a save")
     require(run.start().wait() == 0, run.log())
     require(not list(folder.glob("*.partial*")), "partial folders are left")
-    run.require_equal(straight, 1000)
-    return f"{kills} kills, {writing} during a save, at most {max(lost)} steps lost, bit-equal at the end"
+    run.require_equal(straight, steps)
+    return (
+        f"{kills} kills, {during} during a save; at most {max(lost['between'])} steps lost between saves of every"
+        f" {SAVE_EVERY}, {max(lost['during'])} during one; bit-equal at the end"
+    )
 
 
 def t3(lab: Lab) -> str:
@@ -106,10 +111,11 @@ def t3(lab: Lab) -> str:
         run.start(fault="slow 0.02")
         run.until(lambda at=at: max(run.metrics(), default=0) >= at)
         run.signal(signal.SIGKILL)
-        run.wait()
+        code = run.wait()
+        require(code == -signal.SIGKILL, f"exit {code}, the run had ended: {run.log()}")
     require(run.start().wait() == 0, run.log())
     run.require_equal(straight, STEPS)
-    return f"{len(run.events('started'))} starts, {STEPS} steps bit-equal"
+    return f"killed and resumed 5 times, {STEPS} steps bit-equal"
 
 
 def t4(lab: Lab) -> str:
@@ -303,26 +309,32 @@ def t10(lab: Lab) -> str:
 
 
 def t11(lab: Lab) -> str:
-    """Ten kills in a run of 200 steps: the time adds up to the wall time within 1 %, goodput is at least 0.8."""
+    """Ten kills in a run of 200 steps: the time adds up to the wall time within 1 %, goodput is at least 0.8.
+
+    A step takes a second of processor time, as a larger model's would, and not a second asleep: whatever else runs on
+    the machine makes steps and restarts slower by the same factor.
+    """
     from qwen3_jax.train import goodput
 
-    kills, steps, step_s = lab.trials(10), 20 * lab.trials(10), 1.5
-    run, draw = lab.run("goodput", steps=steps, save_every=2), random.Random(11)
-    lab.reference()
+    kills, steps, busy = lab.trials(10), 20 * lab.trials(10), "busy 1.0"
+    run, draw = lab.run("goodput", steps=steps, save_every=1), random.Random(11)
+    lab.reference()  # programs are in the compile cache
     began = time.time()
     for i in range(kills):
         at = i * 20 + draw.randint(6, 18)
-        run.start(fault=f"slow {step_s}")
-        run.until(lambda at=at: max(run.metrics(), default=0) >= at)
+        run.start(fault=busy)
+        run.until(lambda at=at: max(run.metrics(), default=0) >= at, 600)
         run.signal(signal.SIGKILL)
-        run.wait()
-    require(run.start(fault=f"slow {step_s}").wait() == 0, run.log())
+        code = run.wait()
+        require(code == -signal.SIGKILL, f"exit {code}, the run had ended: {run.log()}")
+    require(run.start(fault=busy).wait(1800) == 0, run.log())
     wall_s = time.time() - began
     found = goodput.summary(run.folder / "goodput.jsonl")
     total = sum(found["seconds"].values())
     told = ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in found["seconds"].items() if value)
     require(abs(total / found["wall_s"] - 1) < 0.01, f"categories add up to {total:.1f} s, wall {found['wall_s']:.1f}")
     require(abs(total / wall_s - 1) < 0.01 + 1 / wall_s, f"accounted for {total:.1f} s, seen from outside {wall_s:.1f}")
+    require(found["processes"] == kills + 1, f"{found['processes']} processes are accounted for, not {kills + 1}")
     require(found["goodput"] >= 0.8, f"goodput {found['goodput']:.3f}: {told}")
     return f"goodput {found['goodput']:.3f} over {found['processes']} processes and {total:.0f} s ({told})"
 

@@ -58,6 +58,6 @@ def test_a_run_that_everything_happens_to_is_bit_equal(lab):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", soak_train.CASES.keys() - {"T11"})  # which measures speed
+@pytest.mark.parametrize("name", [name for name in soak_train.CASES if name != "T11"])  # which takes minutes
 def test_the_fault_table(lab, name):
     soak_train.CASES[name](lab)
