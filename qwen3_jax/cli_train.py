@@ -55,13 +55,17 @@ class Train:
                 build.Build(config)
                 print(configs.to_toml(config), end="")
                 return 0
-            shown: Any = progress.show(config, quiet=self.quiet or not distributed.is_main())
-            with shown as observe:
-                try:
-                    return loop.train(config, observe=observe).exit_code
-                except loop.RefusedError as error:
-                    print(f"qwen3-jax: error: {error}", file=sys.stderr)
-                    return loop.EXIT_REFUSED
+            quiet = self.quiet or not distributed.is_main()
+            shown: Any = progress.show(config, quiet=quiet)
+            try:
+                with shown as observe:
+                    outcome = loop.train(config, observe=observe)
+            except loop.RefusedError as error:
+                print(f"qwen3-jax: error: {error}", file=sys.stderr)
+                return loop.EXIT_REFUSED
+            if not quiet:
+                print(progress.ending(config, outcome), file=sys.stderr)
+            return outcome.exit_code
 
 
 @dataclasses.dataclass(frozen=True)

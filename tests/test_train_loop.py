@@ -19,7 +19,7 @@ from qwen3_jax import checkpoint
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.plan.chips import ChipError
 from qwen3_jax.train import config as configs
-from qwen3_jax.train import loop, plot, stacked, throughput, writers
+from qwen3_jax.train import loop, lora, plot, progress, stacked, throughput, writers
 from qwen3_jax.train.data import Loader
 from qwen3_jax.train.goodput import summary
 from tests import tiny
@@ -216,6 +216,39 @@ def test_a_run_is_drawn(whole, tmp_path):
         plot.write([folder], tmp_path / "x.gif")
 
 
+def test_runs_of_one_name_are_drawn_by_longer_ones(tmp_path):
+    """A dense run and a mixture of experts in folders of the same name, over the one axis of steps."""
+    for kind, load in (("dense", None), ("moe", [[0.5, 1.5], [1.0, 1.0]])):
+        folder = tmp_path / kind / "pretrain"
+        folder.mkdir(parents=True)
+        more = {} if load is None else {"expert_load": load, "expert_load_max": 1.5, "expert_load_min": 0.5}
+        lines = ({"step": i, "loss": 3 / i, "grad_norm": 1.0, "learning_rate": 1e-3, **more} for i in range(1, 201))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = [tmp_path / kind / "pretrain" for kind in ("dense", "moe")]
+    page = plot.write(runs, tmp_path / "both.html").read_text()
+    assert "<td>dense/pretrain</td>" in page
+    assert "<td>moe/pretrain</td>" in page
+    assert plot.write(runs).read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoothing_is_the_mean_of_neighbours_and_reaches_both_ends():
+    values = np.random.default_rng(0).normal(size=100)
+    steps, smooth = plot._smooth((np.arange(100.0), values), reach=3)
+    assert (steps[0], steps[-1]) == (0, 99)
+    reaches = [min(3, i, 99 - i) for i in range(100)]
+    expected = [values[i - reach : i + reach + 1].mean() for i, reach in enumerate(reaches)]
+    np.testing.assert_allclose(smooth, expected, atol=1e-12)
+
+
+def test_the_end_is_told(make):
+    config = make("told")
+    folder = config.run.folder
+    assert progress.ending(config, loop.Outcome(12, 0, {})) == f"done after step 12, the model is in {folder}/model"
+    assert "the same command goes on" in progress.ending(config, loop.Outcome(5, loop.signals.EXIT_STOPPED, {}))
+    adapted = dataclasses.replace(config, lora=lora.LoraConfig(rank=2, alpha=2.0))
+    assert progress.ending(adapted, loop.Outcome(12, 0, {})).endswith(f"by themselves in {folder}/adapter")
+
+
 def test_tensorboard_has_the_numbers(whole):
     from tensorboardX.proto import event_pb2
 
@@ -320,6 +353,14 @@ def test_a_writer_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", absent)
     with pytest.raises(writers.WriterError, match=r"names mlflow, which cannot be opened: asked again"):
         writers.open_all(tmp_path, ["mlflow"], {}, resume_from=0)
+
+
+def test_what_is_no_number_is_null():
+    def refuse(word):
+        raise ValueError(word)
+
+    line = writers.as_json({"loss": float("nan"), "load": [[1.0, float("inf")]], "stage": "NaN", "step": 3})
+    assert json.loads(line, parse_constant=refuse) == {"loss": None, "load": [[1.0, None]], "stage": "NaN", "step": 3}
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path):

@@ -34,6 +34,7 @@ from qwen3_jax.train.data import DataConfig, Loader
 from qwen3_jax.train.step import State, TrainStep
 
 RULE = RULES["train"]
+ADAPTER = "adapter"  # beside the model
 
 
 class Build:
@@ -177,7 +178,7 @@ class Build:
         params = stacked.unstack(config, distributed.fetch(tree))
         if self.lora is not None:
             adapters = stacked.unstack(config, distributed.fetch(state["params"]))
-            distributed.once(lambda: self._write_adapters(folder.with_name("adapter"), adapters))
+            distributed.once(lambda: self._write_adapters(folder.with_name(ADAPTER), adapters))
             params = lora.merge(params)
         distributed.once(lambda: self._write(folder, config, params))
 

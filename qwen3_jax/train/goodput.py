@@ -34,7 +34,8 @@ class Goodput:
         Args:
             path: of the JSONL file; None keeps nothing.
             began: seconds since the epoch; what has passed since is "start". None: when the process was started.
-            every_s: at least so long between lines.
+            every_s: at least so long between lines, and a thousandth of the time since the start: a day has some
+                thousands of them.
         """
         now = time.time()
         self._start = process_start(now) if began is None else began
@@ -78,11 +79,12 @@ class Goodput:
         Args:
             step: the last step that was made; the first line of a process, with the step it goes on from, says what of
                 the one before it is repeated.
-            now: at the first line and the last.
+            now: at the first line, the last, and each save.
         """
-        if self._file is None or (time.perf_counter() - self._written < self._every_s and not now):
+        at, age_s = time.perf_counter(), time.time() - self._start
+        if self._file is None or (at - self._written < max(self._every_s, age_s / 1000) and not now):
             return
-        self._written = time.perf_counter()
+        self._written = at
         seconds = {category: round(value, 6) for category, value in self.seconds().items()}
         line = {"start": self._start, "at": self._start + sum(seconds.values()), "step": step, "seconds": seconds}
         os.write(self._file, json.dumps(line).encode() + b"\n")

@@ -323,12 +323,13 @@ class Loop:
         self.meter.pause()
         with self.goodput("save"), self.watchdog("save"):
             self.checkpoints.save(self.place.step, state, {"place": vars(self.place)})
+        self.goodput.record(self.place.step, now=True)  # what a kill repeats is counted from here
 
     def _event(self, kind: str, **values: Any) -> None:
         if self.main:
             with (self.folder / EVENTS).open("a") as file:
                 line = {"event": kind, "time": round(time.time(), 3), "step": self.place.step, **values}
-                file.write(json.dumps(line) + "\n")
+                file.write(writers.as_json(line) + "\n")
 
 
 def _flat(ids: tuple[tuple[str, ...], ...]) -> list[str]:

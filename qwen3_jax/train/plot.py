@@ -164,9 +164,9 @@ def _draw_experts(
     over_time.legend(frameon=False)
     name, table = list(tables.items())[-1]
     line = next(line for line in reversed(table) if "expert_load" in line)
-    load = np.array(line["expert_load"])
+    load = np.array(line["expert_load"], float)
     image = at_end.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    at_end.figure.colorbar(image, ax=at_end, extend="max" if load.max() > 2 else "neither")
+    at_end.figure.colorbar(image, ax=at_end, extend="max" if np.nanmax(load) > 2 else "neither")
     at_end.set_title(f"load at step {line['step']}" + ("" if single else f" of {name}"), loc="left")
     at_end.set(xlabel="expert", ylabel="MoE layer")
     at_end.xaxis.get_major_locator().set_params(integer=True)

@@ -4,13 +4,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from qwen3_jax.train.build import ADAPTER
 from qwen3_jax.train.config import TrainConfig
+from qwen3_jax.train.loop import EXIT_DONE, MODEL, Outcome
 
 EVERY_S = 10.0
 
@@ -59,6 +62,16 @@ class _Bar(Progress):
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         yield Text(self.numbers, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+def ending(config: TrainConfig, outcome: Outcome) -> str:
+    """Say how a run ended and where what it made lies."""
+    if outcome.exit_code != EXIT_DONE:
+        return f"stopped after step {outcome.step}, which is saved: the same command goes on"
+    made = f", the model is in {Path(config.run.folder) / MODEL}" if config.run.export else ""
+    if made and config.lora is not None:
+        made += f", its adapters by themselves in {Path(config.run.folder) / ADAPTER}"
+    return f"done after step {outcome.step}{made}"
 
 
 def line(metrics: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ with a warning: training does not end by it, and metrics.jsonl has every number.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,11 +48,27 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(as_json({"step": step, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def as_json(values: Any) -> str:
+    """Return a line of JSON that every reader takes: what is no number, or infinite, is null."""
+    try:
+        return json.dumps(values, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(values))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step(line: str) -> float:
