@@ -23,6 +23,7 @@ from qwen3_jax.train import loop, lora, lora_peft, stacked
 from qwen3_jax.train.lora import TARGETS, Lora, LoraConfig, LoraError
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 TOKENS = np.random.default_rng(0).integers(0, 90, (2, 9)).astype(np.int32)
 
 
@@ -227,7 +228,7 @@ def test_a_run_trains_adapters_alone_and_leaves_what_peft_and_merge_take(dense, 
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     run = {
         "model": {"weights": str(dense)},
-        "run": {"folder": str(tmp_path / "run"), "compile_cache": "off"},
+        "run": {"folder": str(tmp_path / "run")},
         "data": {"sources": [{"name": "rows", "path": str(tmp_path / "data.jsonl")}]},
         "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "down_proj"]},
         "schedule": {"kind": "constant", "peak": 0.01},
