@@ -41,11 +41,12 @@ Limits: numbers longer than four digits, lists longer than six and everything ou
 SIBLING = """
 ## Dense and mixture of experts
 
-A sibling with {experts} experts per layer, {chosen} of them active, has as many active parameters. It was trained on
-the same data by the same script (`scripts/make_demo.sh OUT moe`) and answered the same problems; greedy:
+A sibling whose layers have {experts} experts, {chosen} of them active, computes as much per token. It was trained
+on the same data by the same script (`scripts/make_demo.sh OUT moe`) and answered the same problems; the curves above
+show both. Right answers in per cent, greedy:
 
-| | parameters, M | active, M | {columns} |
-| --- | --- | --- | {rule} |
+| | {names} |
+| --- | {rule} |
 {rows}"""
 
 
@@ -63,18 +64,22 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def compare(models: dict[str, dict[str, Any]], config: dict[str, Any]) -> str:
-    """Return the section that compares models of the same problems, a row each."""
+    """Return the section that compares models of the same problems, a column each."""
+    sizes = {"parameters, M": "parameters", "active per token, M": "active_parameters"}
+    rows = {
+        told: [f"{results['settings'][size] / 1e6:.2f}" for results in models.values()] for told, size in sizes.items()
+    }
     found = [{mode["name"]: mode for mode in results["modes"] if not mode["sampled"]} for results in models.values()]
-    shared = [name for name in found[0] if all(name in modes for modes in found)]
-    columns = [name.removesuffix(", greedy").replace("thinking, budget", "budget") for name in shared]
-    rows = ""
-    for (name, results), modes in zip(models.items(), found, strict=True):
-        sizes = [f"{results['settings'][size] / 1e6:.1f}" for size in ("parameters", "active_parameters")]
-        rows += f"| {' | '.join([name, *sizes, *(rate(modes[mode]) for mode in shared)])} |\n"
+    for name in found[0]:
+        told = name.removesuffix(", greedy").replace("thinking, budget", "thinking, at most")
+        rows[told] = [rate(modes[name]) if name in modes else "" for modes in found]
     return SIBLING.format(
-        experts=config["num_experts"], chosen=config["num_experts_per_tok"], rows=rows,
-        columns=" | ".join(columns), rule=" | ".join(["---"] * len(columns)),
-    )  # fmt: skip
+        experts=config["num_experts"],
+        chosen=config["num_experts_per_tok"],
+        names=" | ".join(models),
+        rule=" | ".join(["---"] * len(models)),
+        rows="".join(f"| {' | '.join([told, *cells])} |\n" for told, cells in rows.items()),
+    )
 
 
 def write(folder: Path, measured: Path, moe: Path | None) -> None:

@@ -14,6 +14,7 @@ from qwen3_jax.evaluate.tasks import Task
 from qwen3_jax.generate import Generator
 from qwen3_jax.loaded import load_model
 from qwen3_jax.sampling_params import SamplingParams
+from scripts import demo_card
 from tests.text_folders import DEMO, template
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -77,6 +78,45 @@ def test_outcomes_are_counted_and_written(tmp_path):
     assert (tmp_path / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(EvaluationError, match="no chat template"):
         harness.evaluate(answer, None, defaults, problems, modes, max_tokens=9, seed=5)
+
+
+def test_the_card_compares_dense_and_experts(tmp_path):
+    """Both sizes, both modes and every budget of two evaluations with known counts."""
+
+    def mode(name, budget, right):
+        interval = list(harness.wilson(right, 100))
+        return {
+            "name": name, "thinking": name != "non-thinking, greedy", "budget": budget, "sampled": False,
+            "rate": right / 100, "interval": interval,
+        }  # fmt: skip
+
+    def evaluated(kind, settings, *right):
+        folder = tmp_path / kind / "eval"
+        folder.mkdir(parents=True)
+        names = ("non-thinking, greedy", None), ("thinking, greedy", None), ("thinking, budget 16, greedy", 16)
+        modes = [mode(*name, count) for name, count in zip(names, right, strict=True)]
+        common = {"problems_per_task": 100, "seed": 0}
+        (folder / "results.json").write_text(json.dumps({"settings": settings | common, "modes": modes}))
+        (folder / "results.md").write_text("| tasks |\n")
+        return folder
+
+    dense = evaluated("dense", {"parameters": 3_270_000}, 16, 91, 20)
+    moe = evaluated("moe", {"parameters": 9_350_000, "active_parameters": 3_280_000}, 18, 96, 25)
+    (tmp_path / "moe" / "folder").mkdir()
+    (tmp_path / "moe" / "folder" / "config.json").write_text('{"num_experts": 8, "num_experts_per_tok": 2}')
+    demo_card.write(tmp_path, dense, moe)
+    card = (tmp_path / "README.md").read_text()
+    for row in (
+        "| | dense | mixture of experts |",
+        "| parameters, M | 3.27 | 9.35 |",
+        "| active per token, M | 3.27 | 3.28 |",
+        "| non-thinking | 16.0 (10.1–24.4) | 18.0 (11.7–26.7) |",  # Wilson, as in the shipped card's rows of 100
+        "| thinking, at most 16 | 20.0 (13.3–28.9) | 25.0 (17.5–34.3) |",
+    ):
+        assert f"{row}\n" in card
+    assert (tmp_path / "budget.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    demo_card.write(tmp_path, dense, None)
+    assert "Dense and mixture" not in (tmp_path / "README.md").read_text()
 
 
 def test_the_command_writes_its_files(tmp_path):
