@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwen3_jax import cache, distributed, model, placement, preflight
+from qwen3_jax import cache, distributed, model, placement
 from qwen3_jax.checkpoint import orbax_sharded
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops.mesh import on_mesh
@@ -22,7 +22,7 @@ from qwen3_jax.ops.plain import XLA
 from qwen3_jax.request import Request
 from qwen3_jax.runner import Batch, Runner
 from qwen3_jax.sampling_params import SamplingParams
-from qwen3_jax.sharding import RULES
+from qwen3_jax.sharding import RULES, make_mesh, parse_mesh
 from tests import counting
 
 STEPS = 4  # decoded tokens
@@ -30,7 +30,7 @@ STEPS = 4  # decoded tokens
 
 def logits_of(folder, text, tokens):
     """Return logits [B, T + STEPS, V] of prefill and greedy decoding, what was read, and what was needed."""
-    mesh = preflight.mesh_of(preflight.Options(mesh=text))
+    mesh = make_mesh(**parse_mesh(text))
     with counting.bytes_read() as read:
         config, params = placement.load_sharded(folder, mesh, RULES["serve"], dtype="float32", ops=XLA)
 
@@ -87,7 +87,7 @@ def main() -> None:
             mine = {"read": read, "needed": needed, "devices": jax.device_count(), "local": jax.local_device_count()}
             Path(f"{case['out']}.process{jax.process_index()}.json").write_text(json.dumps(mine))
 
-            case_mesh = preflight.mesh_of(preflight.Options(mesh=case["mesh"]))
+            case_mesh = make_mesh(**parse_mesh(case["mesh"]))
             config = placement.for_mesh(Qwen3Config.from_file(case["folder"]), case_mesh, RULES["serve"])
             drawn = sampled(config, params, XLA, case_mesh) if case["sampled"] else np.zeros(0)
 

@@ -21,6 +21,7 @@ from tests.cluster_job import STEPS, sampled
 from tests.ports import free_port
 from tests.run import Network
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 CASES = [("dense", "data=2,model=4"), ("moe", "expert=4,model=2"), ("orbax", "data=2,model=4")]
 
 
@@ -28,6 +29,7 @@ def launch(command: list[str], processes: int, *, devices: int) -> list[subproce
     """Start the processes of one program on this machine."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in this process
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "QWEN3_COORDINATOR": f"127.0.0.1:{free_port()}",
         "QWEN3_NUM_PROCESSES": str(processes),
@@ -62,7 +64,8 @@ def two_processes(tmp_path_factory):
     """Run every case in one pair of processes with four devices each."""
     home = tmp_path_factory.mktemp("cluster")
     tokens = np.random.default_rng(0).integers(0, 94, (4, 6)).astype(np.int32)
-    folders = {kind: tiny.save(home / kind, moe=kind == "moe")[0] for kind in ("dense", "moe")}
+    layers = {"dense": 2, "moe": 1}
+    folders = {kind: tiny.save(home / kind, moe=kind == "moe", num_hidden_layers=n)[0] for kind, n in layers.items()}
     folders["orbax"] = home / "orbax"  # written by one process
     checkpoint.convert(folders["moe"], folders["orbax"], "orbax", progress=False)
     cases = [
