@@ -1,6 +1,6 @@
 """Serve a Qwen3 model with Ray Serve: each replica is one engine behind the same HTTP routes as `qwen3-jax serve`.
 
-    pip install 'qwen3-jax[serve]' 'ray[serve]'
+    pip install 'qwen3-jax[ray]'
     cd scripts/launch && serve run serve_ray:app model=/models/Qwen3-8B gpus=1 max_replicas=4
 
 Arguments, all optional but `model`: `gpus` or `tpus` per replica, `mesh`, `rows`, `cache_tokens`, `dtype`, `replicas`,
