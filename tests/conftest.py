@@ -31,8 +31,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def quick_compiles() -> Iterator[None]:
     """Leave LLVM's optimiser out, two fifths of the time of modules whose programs run once.
 
-    For comparisons within a tolerance, or of a program with itself. Where different programs must give the same bits,
-    at real widths, and where a compiled program is looked at, it is the one that users have.
+    For comparisons within a tolerance, or of a program with itself. Collectives, copies and buffers stay: XLA decides
+    on them before LLVM. Where different programs must give the same bits, and at real widths, users' programs run.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
