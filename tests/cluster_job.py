@@ -30,7 +30,7 @@ STEPS = 4  # decoded tokens
 
 def logits_of(folder, text, tokens):
     """Return logits [B, T + STEPS, V] of prefill and greedy decoding, what was read, and what was needed."""
-    mesh = make_mesh(**parse_mesh(text))
+    mesh = make_mesh(**parse_mesh(text), devices=jax.devices())
     with counting.bytes_read() as read:
         config, params = placement.load_sharded(folder, mesh, RULES["serve"], dtype="float32", ops=XLA)
 
@@ -87,7 +87,7 @@ def main() -> None:
             mine = {"read": read, "needed": needed, "devices": jax.device_count(), "local": jax.local_device_count()}
             Path(f"{case['out']}.process{jax.process_index()}.json").write_text(json.dumps(mine))
 
-            case_mesh = make_mesh(**parse_mesh(case["mesh"]))
+            case_mesh = make_mesh(**parse_mesh(case["mesh"]), devices=jax.devices())
             config = placement.for_mesh(Qwen3Config.from_file(case["folder"]), case_mesh, RULES["serve"])
             drawn = sampled(config, params, XLA, case_mesh) if case["sampled"] else np.zeros(0)
 
