@@ -99,19 +99,22 @@ def run(folder, dtype: str, options: EngineOptions, *, pairs: int, at_once: int,
     assert cached > 0, "no prefix was shared"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    write(path)
-    return path
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_hundred_requests_are_the_same_alone_and_among_others(folder, dtype):
+def test_a_hundred_requests_are_the_same_alone_and_among_others(tmp_path):
+    write(tmp_path)
     options = EngineOptions(rows=4, page_tokens=8, chunk_tokens=32, cache_tokens=384, decode_tokens=4)
     run(
-        folder, dtype, options, pairs=100, at_once=50,
+        tmp_path, "float32", options, pairs=100, at_once=50,
         lengths=(1, 3, 20, 31, 32, 33, 70), outputs=(3, 20, 90),
+    )  # fmt: skip
+
+
+def test_experts_in_bfloat16_are_the_same_in_every_program(tmp_path):
+    # Beside a row that follows a grammar all others decode by another program.
+    write(tmp_path, moe=True, hidden_size=128, num_attention_heads=8, head_dim=32, intermediate_size=256)
+    options = EngineOptions(rows=64, page_tokens=16, chunk_tokens=64, cache_tokens=64 * 20, decode_tokens=8)
+    run(
+        tmp_path, "bfloat16", options, pairs=64, at_once=64,
+        lengths=(1, 5, 40, 63, 64, 65, 130), outputs=(4, 30, 120),
     )  # fmt: skip
 
 

@@ -239,7 +239,10 @@ class Device:
             kept = [self._cache_at if each == "cache" else whole for each in keep]
             where = {"in_shardings": ins, "out_shardings": (kept, whole)}
         donated = [i for i, each in enumerate(held) if each in keep]
-        return jax.jit(run, donate_argnums=donated, **where).lower(*args).compile()
+        # XLA may leave out roundings to bfloat16, and which depends on what surrounds them: `forward` and `draw` would
+        # say something else than `decode`.
+        exact = {"xla_allow_excess_precision": False} if self.options.deterministic else {}
+        return jax.jit(run, donate_argnums=donated, **where).lower(*args).compile(compiler_options=exact)
 
     def _there(self, name: str, array: np.ndarray) -> np.ndarray | jax.Array:
         """Return what says the same on the device, once the same array comes again; see `Layout`."""
