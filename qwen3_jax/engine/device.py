@@ -241,7 +241,7 @@ class Device:
         donated = [i for i, each in enumerate(held) if each in keep]
         # XLA may leave out roundings to bfloat16, and which depends on what surrounds them: `forward` and `draw` would
         # say something else than `decode`.
-        exact = {"xla_allow_excess_precision": False} if self.options.deterministic else {}
+        exact: dict[str, str | bool] = {"xla_allow_excess_precision": False} if self.options.deterministic else {}
         return jax.jit(run, donate_argnums=donated, **where).lower(*args).compile(compiler_options=exact)
 
     def _there(self, name: str, array: np.ndarray) -> np.ndarray | jax.Array:
