@@ -528,11 +528,9 @@ def table(results: dict[str, Any]) -> str:
             rows.append((f"throughput, {load}, over transformers", f"{ours / theirs:.2f}", ""))
     if r := results.get("host"):
         for name in ("one", "many"):
-            what = f"host per step, 32 rows, {r[name]['tokens_per_call']} tokens per call, p50".replace(
-                " 1 tokens", " 1 token"
-            )
+            what = f"host per step, 32 rows, p50; tokens per call: {r[name]['tokens_per_call']}"
             rows.append((what, f"{r[name]['p50_s'] * 1e3:.2f} ms", AIMS["host"]))
-        rows.append(("the scheduler alone, 1 token per call", f"{r['scheduler_p50_s'] * 1e3:.2f} ms", ""))
+        rows.append(("the scheduler alone; tokens per call: 1", f"{r['scheduler_p50_s'] * 1e3:.2f} ms", ""))
     if r := results.get("prefix"):
         cached = f"{statistics.median(r['cached_s']):.2f} of {statistics.median(r['uncached_s']):.2f} s"
         rows.append(("TTFT with a cached 2k prefix", f"{r['ratio']:.1%}: {cached}", AIMS["prefix"]))

@@ -87,6 +87,10 @@ def test_keys_are_changed_from_the_command_line(file):
         ("optimizer.clip=off", "optimizer.clip is 'off': expected a number"),
         ("model.dtype=float16", "model.dtype is 'float16': use float32, bfloat16"),
         ("run.writers=['wandb', 'x']", "run.writers.1 is 'x': use tensorboard, wandb, mlflow"),
+        (
+            "run.writers=wandb",
+            "run.writers is 'wandb': expected a list of tensorboard, wandb, mlflow, as in ['tensorboard']",
+        ),
         ("stages.0.batch=0", "stages.0.batch is 0: give at least 1"),
         ("stages.0.accumulation=3", "stages.0.batch 4 does not divide into 3 micro-batches"),
         ("model.weights=x", "model: give either weights (to begin from) or config (for random weights)"),

@@ -329,5 +329,8 @@ def _called(kind: Any) -> str:
     if kind in names:
         return names[kind]
     args = [arg for arg in typing.get_args(kind) if arg not in (type(None), ...)]
+    if args and typing.get_origin(args[0]) is Literal:
+        choices = typing.get_args(args[0])
+        return f"a list of {', '.join(choices)}, as in {list(choices[:1])}"
     inner = " or ".join(_called(arg) for arg in args)
     return f"a list of {inner.removeprefix('a ')}s" if typing.get_origin(kind) is tuple else inner
