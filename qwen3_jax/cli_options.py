@@ -72,6 +72,14 @@ class Served:
     decode_tokens: Annotated[int, arg(metavar="N", help="tokens per decode call when nobody waits")] = (
         EngineOptions.decode_tokens
     )
+    busy_tokens: Annotated[
+        int | None,
+        arg(
+            metavar="N",
+            help="tokens per decode call beside a prompt",
+            help_behavior_hint="(default: 4 on a CPU, else 1)",
+        ),
+    ] = None
 
     def load(self, folder: str, *, progress: bool = False) -> "LoadedModel":
         """Load a model, of whatever kind, to serve it; "" is the one in the package."""
@@ -94,6 +102,7 @@ class Served:
             page_tokens=self.page_tokens,
             chunk_tokens=self.chunk_tokens,
             decode_tokens=self.decode_tokens,
+            busy_tokens=self.busy_tokens,
             **others,
         )
 

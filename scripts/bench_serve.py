@@ -375,12 +375,14 @@ class Bench:
 
     def interference(self) -> None:
         """Inter-token latency of running rows while a 4k prompt is prefilled, against before."""
+        from qwen3_jax.engine.options import BUSY_TOKENS
+
         target = self.ours("batch", rows=ROWS)
         rows = ROWS // 2
 
         async def measure() -> tuple[list[float], list[float], float]:
-            chunks = -(-LONG // self.args.chunk_tokens)
-            some = jobs(rows, prefix=0, own=16, tokens=SETTLED + 4 * 8 + chunks, seed=7)
+            beside = -(-LONG // self.args.chunk_tokens) * BUSY_TOKENS["cpu"]
+            some = jobs(rows, prefix=0, own=16, tokens=SETTLED + 4 * 8 + beside, seed=7)
             traces = [Trace() for _ in some]
             asked = [asyncio.create_task(target.ask(job, trace)) for job, trace in zip(some, traces, strict=True)]
             while any(not t.deliveries for t in traces):

@@ -405,6 +405,8 @@ def test_what_does_not_fit_is_refused_or_held_to_the_cache(engine):
         ask(engine, "x", stop_token_ids=list(range(100, 140)))
     with pytest.raises(EngineOptionError, match="chunk_tokens is 20, page_tokens 16"):
         EngineOptions(chunk_tokens=20)
+    with pytest.raises(EngineOptionError, match="busy_tokens is 9, decode_tokens 8"):
+        EngineOptions(busy_tokens=9)
     with pytest.raises(EngineOptionError, match="rows is 0"):
         EngineOptions(rows=0)
 

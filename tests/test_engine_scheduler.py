@@ -174,8 +174,10 @@ class Engine:
         assert plan.decode_tokens <= scheduler.decode_tokens
         assert all(1 <= d.count <= plan.decode_tokens for d in plan.decode)
         assert sum(c.length for c in plan.prefill) <= scheduler.chunk_tokens
-        if any(s.stepwise for s in scheduler.running) or scheduler.waiting:
+        if any(d.sequence.stepwise for d in plan.decode):
             assert plan.decode_tokens <= 1
+        if scheduler.waiting:
+            assert plan.decode_tokens <= scheduler.busy_tokens
         for entry in plan.decode:
             s = entry.sequence
             assert entry.first + entry.count <= s.limit
@@ -235,10 +237,10 @@ class Engine:
 SETTINGS = [
     dict(rows=4, pages=12, page_tokens=4, chunk_tokens=8, decode_tokens=4, ahead=1, deterministic=False),
     dict(rows=4, pages=12, page_tokens=4, chunk_tokens=8, decode_tokens=4, ahead=1, deterministic=True),
-    dict(rows=8, pages=40, page_tokens=2, chunk_tokens=4, decode_tokens=8, ahead=0, deterministic=True),
+    dict(rows=8, pages=40, page_tokens=2, chunk_tokens=4, decode_tokens=8, busy_tokens=3, ahead=0, deterministic=True),
     dict(rows=3, pages=7, page_tokens=8, chunk_tokens=12, decode_tokens=3, ahead=2, deterministic=False),
-    dict(rows=6, pages=90, page_tokens=1, chunk_tokens=5, decode_tokens=5, ahead=1, deterministic=True),
-    dict(rows=6, pages=24, page_tokens=2, chunk_tokens=4, decode_tokens=2, ahead=4, deterministic=False),
+    dict(rows=6, pages=90, page_tokens=1, chunk_tokens=5, decode_tokens=5, busy_tokens=5, ahead=1, deterministic=True),
+    dict(rows=6, pages=24, page_tokens=2, chunk_tokens=4, decode_tokens=2, busy_tokens=2, ahead=4, deterministic=False),
     dict(rows=5, pages=16, page_tokens=4, chunk_tokens=4, decode_tokens=2, ahead=1, prefix_cache=False),
 ]
 
@@ -389,15 +391,16 @@ def test_nobody_waits_for_a_prefill_of_worse_priority():
     assert same.cached == 32
 
 
-def test_running_rows_decode_in_every_plan_of_a_long_prefill():
-    engine = Engine(**PLAIN)
+@pytest.mark.parametrize("busy", [1, 3])
+def test_running_rows_decode_in_every_plan_of_a_long_prefill(busy: int):
+    engine = Engine(**PLAIN, busy_tokens=busy)
     runs = engine.add(0, endless(5, 40), 40)
     engine.step()
     engine.step()
     engine.add(1, prompt_of(80), 1)
     plans = [engine.step() for _ in range(10)]
     assert [sum(c.length for c in plan.prefill) for plan in plans] == [8] * 10
-    assert all([d.sequence for d in plan.decode] == [runs] and plan.decode_tokens == 1 for plan in plans)
+    assert all([d.sequence for d in plan.decode] == [runs] and plan.decode_tokens == busy for plan in plans)
 
 
 def test_long_prefills_take_turns_and_short_ones_do_not_wait_for_them():
@@ -487,5 +490,7 @@ def test_what_could_never_run_is_refused_with_both_numbers():
         scheduler.add(Sequence(2, [], 1))
     with pytest.raises(ValueError, match="chunk_tokens is 6 and page_tokens is 4"):
         Scheduler(rows=1, pages=4, page_tokens=4, chunk_tokens=6, deterministic=True)
+    with pytest.raises(ValueError, match="busy_tokens is 9, decode_tokens 8"):
+        Scheduler(rows=1, pages=4, page_tokens=4, chunk_tokens=4, busy_tokens=9)
     with pytest.raises(ValueError, match="rows is 0"):
         Scheduler(rows=0, pages=4, page_tokens=4, chunk_tokens=6)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 CACHE_CONTEXT = 4096  # positions per row that the cache has room for unless told otherwise
 CHUNK_TOKENS = {"cpu": 64}
+BUSY_TOKENS = {"cpu": 4}
 
 
 class EngineOptionError(ValueError):
@@ -21,6 +22,9 @@ class EngineOptions:
         chunk_tokens: most prompt tokens per prefill call, a multiple of page_tokens; None is 64 on a CPU, where a
             longer call would hold decoding up, and 512 elsewhere.
         decode_tokens: most tokens per row and call when nobody waits.
+        busy_tokens: the same while somebody waits or is prefilled. A chunk and a decode call take turns, so this many
+            tokens share the chunk's time. None is 4 on a CPU, where a chunk takes as long as several steps, 1
+            elsewhere, and never more than decode_tokens.
         max_waiting: most requests in the queue; more are refused.
         max_waiting_tokens: most prompt tokens in the queue; None is unlimited.
         prefix_cache: share the pages of equal beginnings.
@@ -36,6 +40,7 @@ class EngineOptions:
     cache_tokens: int | None = None
     chunk_tokens: int | None = None
     decode_tokens: int = 8
+    busy_tokens: int | None = None
     max_waiting: int = 256
     max_waiting_tokens: int | None = None
     prefix_cache: bool = True
@@ -55,6 +60,10 @@ class EngineOptions:
             raise EngineOptionError(
                 f"chunk_tokens is {self.chunk_tokens}, page_tokens {self.page_tokens}: chunk_tokens must be a multiple"
             )
+        if self.busy_tokens is not None and self.busy_tokens > self.decode_tokens:
+            raise EngineOptionError(
+                f"busy_tokens is {self.busy_tokens}, decode_tokens {self.decode_tokens}: set it to that or less"
+            )
         if self.cache_tokens is not None and self.cache_tokens < 2 * self.page_tokens:
             raise EngineOptionError(
                 f"cache_tokens is {self.cache_tokens}: must be at least two pages, {2 * self.page_tokens}"
@@ -62,16 +71,24 @@ class EngineOptions:
 
     def on(self, platform: str) -> "EngineOptions":
         """Return the options with what depends on the platform ("cpu", "tpu", "gpu") filled in."""
-        if self.chunk_tokens is not None:
-            return self
-        chunk = CHUNK_TOKENS.get(platform, 512)
-        return replace(self, chunk_tokens=-(-chunk // self.page_tokens) * self.page_tokens)
+        chunk, busy = self.chunk_tokens, self.busy_tokens
+        if chunk is None:
+            chunk = -(-CHUNK_TOKENS.get(platform, 512) // self.page_tokens) * self.page_tokens
+        if busy is None:
+            busy = min(BUSY_TOKENS.get(platform, 1), self.decode_tokens)
+        return replace(self, chunk_tokens=chunk, busy_tokens=busy)
 
     @property
     def chunk(self) -> int:
         """chunk_tokens, of options that are filled in."""
         assert self.chunk_tokens is not None
         return self.chunk_tokens
+
+    @property
+    def busy(self) -> int:
+        """busy_tokens, of options that are filled in."""
+        assert self.busy_tokens is not None
+        return self.busy_tokens
 
     def pages(self, context: int) -> int:
         """Return the number of pages for a model of `context` positions."""

@@ -41,6 +41,7 @@ class Scheduler:
         page_tokens: int,
         chunk_tokens: int,
         decode_tokens: int = 8,
+        busy_tokens: int = 1,
         prefix_cache: bool = True,
         deterministic: bool = False,
     ):
@@ -52,16 +53,20 @@ class Scheduler:
             page_tokens: positions per page.
             chunk_tokens: most prompt tokens per plan, except that one chunk always fits.
             decode_tokens: most steps per decode call when nobody waits.
+            busy_tokens: the same while somebody waits or is prefilled, at most decode_tokens.
             deterministic: see the module.
 
         Raises:
-            ValueError: a number is below 1, or chunk_tokens is no multiple of page_tokens in deterministic mode.
+            ValueError: a number is below 1, busy_tokens above decode_tokens, or chunk_tokens no multiple of page_tokens
+                in deterministic mode.
         """
         numbers = {"rows": rows, "pages": pages, "page_tokens": page_tokens}
-        numbers |= {"chunk_tokens": chunk_tokens, "decode_tokens": decode_tokens}
+        numbers |= {"chunk_tokens": chunk_tokens, "decode_tokens": decode_tokens, "busy_tokens": busy_tokens}
         for name, number in numbers.items():
             if number < 1:
                 raise ValueError(f"{name} is {number}: set it to at least 1")
+        if busy_tokens > decode_tokens:
+            raise ValueError(f"busy_tokens is {busy_tokens}, decode_tokens {decode_tokens}: set it to that or less")
         if deterministic and chunk_tokens % page_tokens:
             raise ValueError(
                 f"chunk_tokens is {chunk_tokens} and page_tokens is {page_tokens}: "
@@ -71,6 +76,7 @@ class Scheduler:
         self.page_tokens = page_tokens
         self.chunk_tokens = chunk_tokens
         self.decode_tokens = decode_tokens
+        self.busy_tokens = busy_tokens
         self.deterministic = deterministic
         grain = chunk_tokens // page_tokens if deterministic else 1
         self.prefixes = Prefixes(self.pages, page_tokens=page_tokens, grain=grain, enabled=prefix_cache)
@@ -139,7 +145,7 @@ class Scheduler:
         """Decide what the device computes next, and allot its pages."""
         plan = Plan()
         alone = not self.waiting and not self._prefilling
-        self._plan_decode(plan, alone)
+        self._plan_decode(plan, self.decode_tokens if alone else self.busy_tokens)
         if not plan.preempted:
             self._admit(plan)
         self._plan_prefill(plan)
@@ -187,13 +193,14 @@ class Scheduler:
                 over.append(sequence)
         return over
 
-    def _plan_decode(self, plan: Plan, alone: bool) -> None:
-        """Plan a step of every row that has one to do, best first; the worst lose their pages if there are too few."""
+    def _plan_decode(self, plan: Plan, most: int) -> None:
+        """Plan up to `most` steps of every row that has one to do, best first; the worst lose their pages if there are
+        too few."""
         # Not those all of whose tokens are in flight, nor who waits for the one that its next depends on.
         ready = [s for s in self._decoding if _issued(s) < s.limit and not (s.stepwise and s.in_flight)]
         steps = 1
-        if ready and alone and self.decode_tokens > 1 and not any(s.stepwise for s in self._decoding):
-            steps = min(self.decode_tokens, max(s.limit - _issued(s) for s in ready))
+        if ready and most > 1 and not any(s.stepwise for s in self._decoding):
+            steps = min(most, max(s.limit - _issued(s) for s in ready))
             if sum(self._lacking(s, min(steps, s.limit - _issued(s))) for s in ready) > self.pages.available:
                 steps = 1
         for sequence in ready:

@@ -67,6 +67,7 @@ class Stepper:
             page_tokens=options.page_tokens,
             chunk_tokens=options.chunk,
             decode_tokens=options.decode_tokens,
+            busy_tokens=options.busy,
             prefix_cache=options.prefix_cache,
             deterministic=options.deterministic,
         )
@@ -210,18 +211,15 @@ class Stepper:
     # Commit
 
     def _commit(self, flight: Flight, turn: Turn) -> None:
-        """Read a flight, hand its tokens out and tell the scheduler."""
-        decoded, firsts, scores = distributed.fetch(
-            (flight.decoded, [out for *_, out in flight.firsts], [out for *_, out in flight.scores])
-        )
-        now = time.perf_counter()
-        for (job, first, count, _), values in zip(flight.scores, scores, strict=True):
-            job.take_scores(first, count, values)
+        """Read a flight, hand its tokens out and tell the scheduler: first what was decoded, which is there before the
+        chunks are."""
         tokens: dict[int, tuple[int, ...]] = {}
         over: list[tuple[Job, Update]] = []
         failed: list[int] = []
 
-        def take(job: Job, entry: Chunk | Decode, column: list[int], values: Mapping[str, np.ndarray], row: int):
+        def take(
+            job: Job, entry: Chunk | Decode, column: list[int], values: Mapping[str, np.ndarray], row: int, now: float
+        ):
             if job.over:
                 return
             ids, broken = emitted_ids(column)
@@ -238,12 +236,18 @@ class Stepper:
             else:
                 self._hand(job, update)
 
+        decoded = distributed.fetch(flight.decoded)
+        now = time.perf_counter()
         if flight.entries:
             columns = decoded["token"][: flight.plan.decode_tokens].T.tolist()
             for job, entry, row in flight.entries:
-                take(job, entry, columns[row], decoded, row)
+                take(job, entry, columns[row], decoded, row, now)
+        firsts, scores = distributed.fetch(([out for *_, out in flight.firsts], [out for *_, out in flight.scores]))
+        now = time.perf_counter()
+        for (job, first, count, _), values in zip(flight.scores, scores, strict=True):
+            job.take_scores(first, count, values)
         for (job, chunk, _), values in zip(flight.firsts, firsts, strict=True):
-            take(job, chunk, values["token"][:, 0].tolist(), values, 0)
+            take(job, chunk, values["token"][:, 0].tolist(), values, 0, now)
         ended = [job.sequence.id for job, _ in over]
         for job in flight.prompts:
             if not job.over:

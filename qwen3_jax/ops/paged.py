@@ -33,7 +33,7 @@ Layers = list[LayerCache]
 
 CACHE_AXES = {"k": "kv_heads slots slots head_dim", "v": "kv_heads slots slots head_dim"}
 DECODE_SLOTS = 512  # slots of all rows that a block of decoding gathers: small enough to stay in a core's cache
-PREFILL_SLOTS = 256
+PREFILL_SLOTS = 512
 TPU_PAGES = 16  # pages of a row per block of the TPU's kernel
 GPU_PAGES, GPU_SPLITS = 8, 16  # the same for the GPU's, and the parts of a row that run side by side
 _MASKED = -1e30
@@ -110,6 +110,9 @@ def attend_gathered(q: jax.Array, cache: LayerCache, positions: jax.Array, scale
 def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
     """Attend block by block of the table, with a running softmax; see `Ops.attend_cache`.
 
+    Queries of more than one token meet keys of their own dtype, one token those of the cache: for a token of bfloat16
+    and a cache that holds bfloat16 in float32 that is the same number, and what a CPU multiplies faster.
+
     A block that lies above a row's position changes nothing of that row, to the bit: its probabilities are zero and
     its largest score is not larger. So a row's result does not depend on how long the others are.
     """
@@ -119,14 +122,16 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
     count = max(1, (DECODE_SLOTS // B if T == 1 else PREFILL_SLOTS) // page)  # pages of a row per block
     size = count * page
     table = _columns(cache, count)
-    queries = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, H).astype(cache["k"].dtype)
+    queries = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, H)
+    if T == 1:
+        queries = queries.astype(cache["k"].dtype)
     last = jnp.max(positions, axis=1)
 
     def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, context = state
         ids = lax.dynamic_slice_in_dim(table, i * count, count, axis=1)
         slots = i * size + jnp.arange(size)
-        keys = jnp.take(cache["k"], ids, axis=1, mode="clip").reshape(K * B, size, H)
+        keys = jnp.take(cache["k"], ids, axis=1, mode="clip").reshape(K * B, size, H).astype(queries.dtype)
         values = jnp.take(cache["v"], ids, axis=1, mode="clip").reshape(K, B, size, H)
         values = jnp.where((slots <= last[:, None])[None, :, :, None], values, 0).reshape(K * B, size, H)
         scores = _product(queries, keys, 2).reshape(K, B, G, T, size) * jnp.float32(scale)
@@ -135,11 +140,12 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
         higher = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
         p, shrink = jnp.exp(scores - higher), jnp.exp(largest - higher)
         total = total * shrink + jnp.sum(p, axis=-1, keepdims=True)
-        return higher, total, context * shrink + _product(p.astype(queries.dtype), values, 1)
+        return higher, total, context * shrink + _product(p.astype(values.dtype), values, 1)
 
     column = jnp.zeros((K * B, G * T, 1), jnp.float32)
     state = (column + _MASKED, column, jnp.zeros((K * B, G * T, H), jnp.float32))
-    _, total, context = lax.fori_loop(0, jnp.max(last) // size + 1, block, state)
+    rounds = jnp.max(last) // size + 1 if table.shape[1] > count else 1
+    _, total, context = lax.fori_loop(0, rounds, block, state)
     out = (context / total).reshape(K, B, G, T, H).transpose(1, 3, 0, 2, 4)
     return out.reshape(B, T, N, H).astype(q.dtype)
 
