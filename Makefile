@@ -29,6 +29,7 @@ pods-gpu: $(VENV)/.test  ## plans for eight H100; installs several GB of wheels
 
 pods: pods-check  ## compile for TPU slices that need not exist: the checks, then the tables
 	$(BIN)/python scripts/pods.py
+	$(BIN)/python scripts/pods.py --train
 
 bench-serve: $(VENV)/.test  ## the engine under load, against transformers and against itself without batching
 	$(BIN)/python scripts/bench_serve.py
@@ -51,7 +52,7 @@ lint: $(VENV)/.test  ## style and types
 bench: $(VENV)/.test  ## speed on this machine, side by side with transformers
 	$(BIN)/python scripts/bench_cpu.py
 
-ci: lint test demo  ## what a change must pass
+ci: lint test demo pods-check  ## what a change must pass
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
