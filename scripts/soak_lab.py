@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 STEPS, SAVE_EVERY = 40, 4
+BETWEEN_SAVES = SAVE_EVERY // 2  # steps
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 128}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 256, "rope_theta": 1e4}
 CONFIG = {
@@ -190,7 +191,7 @@ def _small_disk(first: float, last: float) -> None:
 
     def save(self: Any, step: int, tree: Any, meta: Any) -> None:
         with contextlib.suppress(ValueError):
-            self._join()
+            self.join()
         full = first <= next(saves) <= last
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000 if full else free[0], free[1]))
         real(self, step, tree, meta)

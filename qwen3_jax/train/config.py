@@ -93,7 +93,9 @@ class RunConfig:
     mesh: str = ""
     """Axis sizes as in "data=2,fsdp=4"; empty: one device."""
     save_every: int = 500
-    """Steps between checkpoints; one more follows the last step, and a SIGTERM."""
+    """Steps between checkpoints, and the most that a SIGKILL loses: since one that is being written is lost with the
+    steps made meanwhile, another begins half-way; at 1 every step waits. One more follows the last step, and a SIGTERM.
+    """
     keep: int = 2
     """Checkpoints that stay."""
     log_every: int = 1

@@ -189,7 +189,8 @@ class Loop:
                     self._read(before)
                 self.place.step += 1
                 self.place.stage_step += 1
-                due = self.place.step % self.config.run.save_every == 0
+                every = self.config.run.save_every
+                due = self.place.step % every in (0, every // 2)
                 look = self.config.eval is not None and self.place.step % self.config.eval.every == 0
                 stopping = self.stop.agreed()
                 if len(self.place.refused_in_a_row) >= self.config.refusal.stop_after or due or look or stopping:
@@ -323,6 +324,8 @@ class Loop:
         self.meter.pause()
         with self.goodput("save"), self.watchdog("save"):
             self.checkpoints.save(self.place.step, state, {"place": vars(self.place)})
+            if self.config.run.save_every == 1:
+                self.checkpoints.join()
         self.goodput.record(self.place.step, now=True)  # what a kill repeats is counted from here
 
     def _event(self, kind: str, **values: Any) -> None:

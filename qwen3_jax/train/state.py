@@ -122,7 +122,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # 1.3 s to import
 
         self.claim()
-        self._join()
+        self.join()
         if self._failures_in_a_row >= self.max_failures:
             problem, self._problem = self._problem, None
             raise StateError(f"{self._failures_in_a_row} saves in a row failed, the last: {problem}")
@@ -177,8 +177,8 @@ class Checkpoints:
         if distributed.is_main():
             shutil.rmtree(self.folder / f"{_name(step)}{PARTIAL}", ignore_errors=True)
 
-    def _join(self) -> None:
-        """Wait for the save under way and count how it went, the same on every process."""
+    def join(self) -> None:
+        """Wait until the save under way is committed or has failed; it counts as in `save`."""
         if not self._pending:
             return
         if self._commit is not None:
@@ -194,7 +194,7 @@ class Checkpoints:
         Raises:
             StateError: it failed; said once.
         """
-        self._join()
+        self.join()
         problem, self._problem = self._problem, None
         if problem is not None:
             raise StateError(problem)
