@@ -391,16 +391,16 @@ def test_nobody_waits_for_a_prefill_of_worse_priority():
     assert same.cached == 32
 
 
-@pytest.mark.parametrize("busy", [1, 3])
-def test_running_rows_decode_in_every_plan_of_a_long_prefill(busy: int):
+@pytest.mark.parametrize(("busy", "steps"), [(1, 1), (3, 2), (8, 4)])
+def test_running_rows_decode_in_every_plan_of_a_long_prefill(busy: int, steps: int):
     engine = Engine(**PLAIN, busy_tokens=busy)
-    runs = engine.add(0, endless(5, 40), 40)
+    runs = engine.add(0, endless(5, 80), 80)
     engine.step()
     engine.step()
     engine.add(1, prompt_of(80), 1)
     plans = [engine.step() for _ in range(10)]
     assert [sum(c.length for c in plan.prefill) for plan in plans] == [8] * 10
-    assert all([d.sequence for d in plan.decode] == [runs] and plan.decode_tokens == busy for plan in plans)
+    assert all([d.sequence for d in plan.decode] == [runs] and plan.decode_tokens == steps for plan in plans)
 
 
 def test_long_prefills_take_turns_and_short_ones_do_not_wait_for_them():

@@ -23,8 +23,8 @@ class EngineOptions:
             longer call would hold decoding up, and 512 elsewhere.
         decode_tokens: most tokens per row and call when nobody waits.
         busy_tokens: the same while somebody waits or is prefilled. A chunk and a decode call take turns, so this many
-            tokens share the chunk's time. None is 4 on a CPU, where a chunk takes as long as several steps, 1
-            elsewhere, and never more than decode_tokens.
+            tokens share the chunk's time; fewer, the more prompts there are beside the rows that decode. None is 4 on
+            a CPU, where a chunk takes as long as several steps, 1 elsewhere, and never more than decode_tokens.
         max_waiting: most requests in the queue; more are refused.
         max_waiting_tokens: most prompt tokens in the queue; None is unlimited.
         prefix_cache: share the pages of equal beginnings.

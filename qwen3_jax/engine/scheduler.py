@@ -53,7 +53,8 @@ class Scheduler:
             page_tokens: positions per page.
             chunk_tokens: most prompt tokens per plan, except that one chunk always fits.
             decode_tokens: most steps per decode call when nobody waits.
-            busy_tokens: the same while somebody waits or is prefilled, at most decode_tokens.
+            busy_tokens: the same while somebody waits or is prefilled, at most decode_tokens; fewer, down to 1, the
+                larger the share of those among all.
             deterministic: see the module.
 
         Raises:
@@ -144,8 +145,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Decide what the device computes next, and allot its pages."""
         plan = Plan()
-        alone = not self.waiting and not self._prefilling
-        self._plan_decode(plan, self.decode_tokens if alone else self.busy_tokens)
+        self._plan_decode(plan, self._most_steps())
         if not plan.preempted:
             self._admit(plan)
         self._plan_prefill(plan)
@@ -192,6 +192,11 @@ class Scheduler:
                 self._end(sequence)
                 over.append(sequence)
         return over
+
+    def _most_steps(self) -> int:
+        """Return how many steps a decode call may take: of those beside a chunk, the share of the rows that decode."""
+        decode, others = len(self._decoding), len(self.waiting) + len(self._prefilling)
+        return max(1, -(-self.busy_tokens * decode // (decode + others))) if others else self.decode_tokens
 
     def _plan_decode(self, plan: Plan, most: int) -> None:
         """Plan up to `most` steps of every row that has one to do, best first; the worst lose their pages if there are
