@@ -203,7 +203,7 @@ def t6(lab: Lab) -> str:
 
 def t7(lab: Lab) -> str:
     """A save at every step, and an end right after one: nothing torn, the end waits."""
-    straight, run = lab.reference(), lab.run("every-step", save_every=2)
+    straight, run = lab.reference(), lab.run("every-step", save_every=2)  # every step, and at 1 it would wait
     require(run.start().wait() == 0, run.log())
     checkpoints = run.checkpoints()
     require(checkpoints.steps() == [STEPS, STEPS - 1, STEPS - 2], f"steps {checkpoints.steps()}")
@@ -314,7 +314,7 @@ def t11(lab: Lab) -> str:
     from qwen3_jax.train import goodput
 
     kills, steps, busy = lab.trials(10), 20 * lab.trials(10), "busy 1.0"
-    run, draw = lab.run("goodput", steps=steps, save_every=2), random.Random(11)
+    run, draw = lab.run("goodput", steps=steps, save_every=2), random.Random(11)  # saves at every step, as in T7
     lab.reference()  # programs are in the compile cache
     began = time.time()
     for i in range(kills):

@@ -132,8 +132,12 @@ class Engine:
         self.check()
 
     def step(self) -> Plan:
-        plan = self.scheduler.plan()
+        scheduler = self.scheduler
+        one = any(s.stepwise for s in scheduler._decoding)
+        most = scheduler.busy_tokens if scheduler.waiting or scheduler._prefilling else scheduler.decode_tokens
+        plan = scheduler.plan()
         self.plans += 1
+        assert plan.decode_tokens <= (1 if one else most)
         self.check_plan(plan)
         if plan:
             work = lay_out(plan)
@@ -171,13 +175,8 @@ class Engine:
         scheduler = self.scheduler
         entries = [entry.sequence.id for entry in (*plan.prefill, *plan.decode)]
         assert len(entries) == len(set(entries))
-        assert plan.decode_tokens <= scheduler.decode_tokens
         assert all(1 <= d.count <= plan.decode_tokens for d in plan.decode)
         assert sum(c.length for c in plan.prefill) <= scheduler.chunk_tokens
-        if any(d.sequence.stepwise for d in plan.decode):
-            assert plan.decode_tokens <= 1
-        if scheduler.waiting:
-            assert plan.decode_tokens <= scheduler.busy_tokens
         for entry in plan.decode:
             s = entry.sequence
             assert entry.first + entry.count <= s.limit

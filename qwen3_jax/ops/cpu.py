@@ -56,9 +56,9 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply x [R, in] by w [out, in] into float32 [R, out]; x's dtype is the products', w is cast to it."""
-    if x.shape[0] == 1 and w.dtype == jnp.bfloat16:
+    if x.shape[0] == 1 and jnp.bfloat16 in (x.dtype, w.dtype):
         wide, w = lax.optimization_barrier((x.astype(jnp.float32), w))
-        return jnp.sum(w.astype(jnp.float32) * wide, axis=1)[None]
+        return jnp.sum(w.astype(x.dtype).astype(jnp.float32) * wide, axis=1)[None]
     if w.dtype != x.dtype:
         x, w = lax.optimization_barrier((x, w))
         w = w.astype(x.dtype)
