@@ -84,6 +84,7 @@ def greedy(generator):
 
 @pytest.fixture
 def counted(engine):
+    assert settled(engine)  # the test before has heard its last token, its last turn may not be over
     observer = engine.observer
     observer.__init__()
     return observer

@@ -73,6 +73,16 @@ def test_einsum_casts_parameters_to_the_compute_dtype(x_dtype):
     assert gradients(functools.partial(cpu.einsum, "BTD,FD->BTF"), x, w)[1].dtype == w_dtype
 
 
+@pytest.mark.parametrize("out", [2048, 2100, 2053])  # in two rounds each, and, a prime, in one
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_one_row_and_a_large_matrix(x_dtype, out):
+    x, w = draw(0, 1, 1, 1024, dtype=x_dtype), draw(1, out, 1024, dtype=jnp.bfloat16)
+    logits = jax.jit(functools.partial(cpu.einsum, "BTD,VD->BTV", out_dtype=jnp.float32))(x, w)
+    check(logits, np.einsum("BTD,VD->BTV", wide(x), wide(w)), jnp.float32)
+    linear = functools.partial(cpu.einsum, "BTD,VD->BTV")
+    check_trees(gradients(linear, x, w), (x, w), functools.partial(plain.einsum, "BTD,VD->BTV"), jnp.bfloat16)
+
+
 @pytest.mark.parametrize("spec", ["BTD,DF->BTF", "BTD,FD->BFT", "BTD,FD->F"])
 def test_einsum_refuses_what_is_no_linear_layer(spec):
     with pytest.raises(ValueError, match="not a linear layer"):

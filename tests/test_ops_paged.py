@@ -32,24 +32,30 @@ def jitted(attend):
     return jax.jit(functools.partial(attend, scale=0.3))
 
 
-def filled(seed: int, rows: int, columns: int):
-    """A paged and a dense cache of the same random keys and values, all slots written."""
+def narrow(x, kept):
+    """Round to what pages of a dtype can hold: uint16 stands for bfloat16."""
+    return x.astype(jnp.bfloat16).astype(jnp.float32) if kept == jnp.uint16 else x
+
+
+def filled(seed: int, rows: int, columns: int, kept=jnp.float32):
+    """A paged and a dense cache of the same random keys and values, all slots written; the dense one in float32."""
     table, pages = tables(seed, rows, columns)
-    k, v = (draw(seed + i, rows, columns * PAGE, K, H) for i in (1, 2))
-    empty = paged.init(pages, PAGE, K, H, jnp.dtype(jnp.float32))
+    k, v = (narrow(draw(seed + i, rows, columns * PAGE, K, H), kept) for i in (1, 2))
+    empty = paged.init(pages, PAGE, K, H, jnp.dtype(kept))
     cache = jax.jit(paged.update)(empty | {"table": table}, k, v, jnp.zeros(rows, jnp.int32))
     dense = plain.init_cache(rows, columns * PAGE, K, H, jnp.dtype(jnp.float32))
     dense = update(dense, k, v, jnp.zeros(rows, jnp.int32))
     return cache, dense
 
 
+@pytest.mark.parametrize("kept", [jnp.float32, jnp.uint16])
 @pytest.mark.parametrize("seed", range(4))
-def test_decoding_equals_the_dense_cache(seed):
+def test_decoding_equals_the_dense_cache(seed, kept):
     rows = 3
     rng = np.random.default_rng(seed)
-    cache, dense = filled(seed, rows, 7)
+    cache, dense = filled(seed, rows, 7, kept)
     start = jnp.asarray(rng.integers(0, 7 * PAGE, rows), jnp.int32)
-    k, v, q = (draw(seed + 5 + i, rows, 1, heads, H) for i, heads in enumerate((K, K, N)))
+    k, v, q = (narrow(draw(seed + 5 + i, rows, 1, heads, H), kept) for i, heads in enumerate((K, K, N)))
     cache, dense = jax.jit(paged.update)(cache, k, v, start), update(dense, k, v, start)
     expected = jitted(plain.attend_cache)(q, dense, start[:, None])
     for attend in (paged.attend_gathered, paged.attend_blocks):
@@ -57,12 +63,13 @@ def test_decoding_equals_the_dense_cache(seed):
         chex.assert_trees_all_close(actual, expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kept", [jnp.float32, jnp.uint16])
 @pytest.mark.parametrize("T", [PAGE, 5 * PAGE - 1])
-def test_a_chunk_equals_the_dense_cache(T):
+def test_a_chunk_equals_the_dense_cache(T, kept):
     """A chunk from a page's beginning on; a last page that it does not fill, and what lies above stays unread."""
-    cache, dense = filled(T, 2, 9)
+    cache, dense = filled(T, 2, 9, kept)
     start = jnp.asarray([0, 3 * PAGE], jnp.int32)
-    k, v, q = (draw(50 + i, 2, T, heads, H) for i, heads in enumerate((K, K, N)))
+    k, v, q = (narrow(draw(50 + i, 2, T, heads, H), kept) for i, heads in enumerate((K, K, N)))
     cache, dense = jax.jit(paged.update)(cache, k, v, start), update(dense, k, v, start)
     positions = start[:, None] + jnp.arange(T)
     expected = jitted(plain.attend_cache)(q, dense, positions)
@@ -71,11 +78,12 @@ def test_a_chunk_equals_the_dense_cache(T):
         chex.assert_trees_all_close(actual, expected, atol=2e-6, rtol=0)
 
 
-def test_garbage_above_the_position_is_never_read():
+@pytest.mark.parametrize(("kept", "nan"), [(jnp.float32, jnp.nan), (jnp.uint16, 0x7FC0)])
+def test_garbage_above_the_position_is_never_read(kept, nan):
     """Pages that held NaN, the scratch page included, and longer neighbours: not a bit of a row changes."""
-    cache, _ = filled(0, 2, 6)
+    cache, _ = filled(0, 2, 6, kept)
     table = cache["table"]
-    poison = lambda x: x.at[:, table[1]].set(jnp.nan).at[:, -1].set(jnp.nan)  # noqa: E731
+    poison = lambda x: x.at[:, table[1]].set(nan).at[:, -1].set(nan)  # noqa: E731
     q = draw(9, 2, 1, N, H)
     attend = jitted(paged.attend_blocks)
     alone = attend(q, cache, jnp.asarray([[5], [0]]))
@@ -86,9 +94,10 @@ def test_garbage_above_the_position_is_never_read():
     assert np.isnan(np.asarray(beside[1])).all()
 
 
-def test_a_step_writes_in_place():
+@pytest.mark.parametrize(("kept", "name"), [(jnp.float32, "f32"), (jnp.uint16, "u16")])
+def test_a_step_writes_in_place(kept, name):
     """No copy of the pages in the compiled update, neither alone nor inside a loop."""
-    cache, _ = filled(1, 3, 5)
+    cache, _ = filled(1, 3, 5, kept)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def steps(pages, table, k, v, q):
@@ -104,10 +113,11 @@ def test_a_step_writes_in_place():
     pages = {"k": cache["k"], "v": cache["v"]}
     k, v, q = (draw(i, 3, 1, heads, H) for i, heads in enumerate((K, K, N)))
     program: Any = steps.lower(pages, cache["table"], k, v, q).compile()
-    shape = "f32[" + ",".join(map(str, cache["k"].shape)) + "]"
+    shape = f"{name}[" + ",".join(map(str, cache["k"].shape)) + "]"
     copies = [line for line in program.as_text().splitlines() if " copy(" in line and shape in line.split("=")[1][:40]]
     assert not copies, copies
     assert program.memory_analysis().alias_size_in_bytes >= 2 * cache["k"].nbytes
+    assert kept == jnp.float32 or f"f32[{shape[4:]}" not in program.as_text()
 
 
 def test_the_gpus_kernel_reads_the_same_pages():

@@ -285,10 +285,6 @@ class Engine:
         began, self._elsewhere_s = time.thread_time(), 0.0
         self._take_in()
         turn = self._stepper.turn()
-        with self._news:
-            self._load = self._stepper.load()
-            if self._draining and not self._stepper.jobs:
-                self._news.notify_all()
         if turn.plan or turn.generated:
             self.observer.step(
                 host_s=time.thread_time() - began - self._elsewhere_s,
@@ -296,6 +292,10 @@ class Engine:
                 prompt_tokens=sum(chunk.length for chunk in turn.plan.prefill),
                 generated_tokens=turn.generated,
             )
+        with self._news:  # who sees the load of after a turn finds the turn observed
+            self._load = self._stepper.load()
+            if self._draining and not self._stepper.jobs:
+                self._news.notify_all()
 
     def _take_in(self) -> None:
         while True:

@@ -5,13 +5,14 @@ way. The facts behind it, seen in compiled HLO and timed on two cores (jaxlib 0.
 
 - A bfloat16 × bfloat16 → float32 product of two or more rows runs in the library's kernel (YNNPACK). One row does not:
   it is widened to float32 first, weights included, at a tenth of the speed. So one row is multiplied and summed, which
-  the library fuses with the widening: 10–13 GB of weights a second, where one row padded to two reaches 8–12.
+  the library fuses with the widening (10–13 GB of weights a second, where one row padded to two reaches 8–12); or, with
+  a large matrix, a piece of it at a time is widened by a shift of its bits and multiplied from the processor's caches.
 - Everything else in bfloat16 (slicing, updating, gathering) is widened to float32 around the operation, for the whole
   operand, and the widened copy of a loop-invariant operand is hoisted out of the loop: a second model in memory. Where
   a loop slices a weight, the weight is tied to the loop's state by an `optimization_barrier`, and its bits are sliced
   as uint16.
-- A KV cache in bfloat16 would be rewritten whole by every one-slot update, for that reason; in float32 the update is in
-  place. With slots as the minor axis of keys and values, no step of decoding repacks the cache.
+- A KV cache in bfloat16 would be rewritten whole by every one-slot update, for that reason; of its bits as uint16 the
+  update is in place. With slots as the minor axis of keys and values, no step of decoding repacks the cache.
 - `lax.ragged_dot` is 20–40 times slower here than a loop over tiles of rows that share an expert.
 
 Axis letters: B batch, T query length, S cache slots, N query heads, K kv heads, G = N/K, H head_dim, D hidden,
@@ -27,11 +28,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen3_jax.ops import LayerCache, Ops, plain
+from qwen3_jax.ops import LayerCache, Ops, bits, plain
 
 _QUERY_BLOCK = 256
 _QUERY_GROUPS = 8
 _SLOT_BLOCK = 512
+_WIDENED = 2**20  # numbers of keys, and as many of values, that a round of decoding holds as float32
 _MASKED = -1e30  # finite, so that a row without any allowed key gives numbers, not NaN
 
 
@@ -56,13 +58,43 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply x [R, in] by w [out, in] into float32 [R, out]; x's dtype is the products', w is cast to it."""
+    if x.shape[0] == 1 and w.dtype == jnp.bfloat16 and w.size >= 2 * _WIDENED:
+        return _vector_linear(x, w)
     if x.shape[0] == 1 and jnp.bfloat16 in (x.dtype, w.dtype):
         wide, w = lax.optimization_barrier((x.astype(jnp.float32), w))
         return jnp.sum(w.astype(x.dtype).astype(jnp.float32) * wide, axis=1)[None]
+    return _product(x, w)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     if w.dtype != x.dtype:
         x, w = lax.optimization_barrier((x, w))
         w = w.astype(x.dtype)
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _vector_linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply x [1, in] by a large w [out, in] of bfloat16, rows by rows that are widened into the processor's caches.
+
+    That reads 16–19 GB of weights a second where multiplying and summing, in the same run, reads 12–16.
+    """
+    rows, width = w.shape
+    x = x.astype(jnp.float32)[0]
+    some = min(n for n in range(1, rows + 1) if rows % n == 0 and n * width >= _WIDENED)
+
+    def product(i: jax.Array, out: jax.Array) -> jax.Array:
+        tied, i = lax.optimization_barrier((w, i))
+        piece = lax.dynamic_slice_in_dim(bits.kept(tied, jnp.dtype(jnp.uint16)), i * some, some)
+        wide = lax.optimization_barrier(bits.numbers(piece, x.dtype))
+        part = lax.dot_general(wide, x, (((1,), (0,)), ((), ())))
+        return lax.dynamic_update_slice_in_dim(out, part[None], i * some, axis=1)
+
+    return lax.fori_loop(0, rows // some, product, jnp.zeros((1, rows), jnp.float32))
+
+
+# Bits have no gradient.
+_vector_linear.defvjp(lambda x, w: (_vector_linear(x, w), (x, w)), lambda saved, ct: jax.vjp(_product, *saved)[1](ct))
 
 
 def attend(
@@ -131,10 +163,9 @@ def _batched(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def init_cache(batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
-    """Make an empty layer cache {k, v} of [B*K, H, S], in float32 whatever the activations' dtype."""
-    del dtype  # a bfloat16 cache would be copied by every update, see above
+    """Make an empty layer cache {k, v} of [B*K, H, S], of bfloat16 as its bits: no gradient goes through that."""
     shape = (batch * kv_heads, head_dim, capacity)
-    return {"k": jnp.zeros(shape, jnp.float32), "v": jnp.zeros(shape, jnp.float32)}
+    return {name: jnp.zeros(shape, bits.dtype_of(dtype)) for name in "kv"}
 
 
 def update_cache(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array) -> LayerCache:
@@ -142,7 +173,7 @@ def update_cache(cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array
 
     def write(slots: jax.Array, new: jax.Array) -> jax.Array:
         B, _, K, _ = new.shape
-        new = new.astype(jnp.float32).transpose(0, 2, 3, 1)
+        new = bits.kept(new, slots.dtype).transpose(0, 2, 3, 1)
         for row in range(B):
             slots = lax.dynamic_update_slice(slots, new[row], (row * K, 0, start[row]))
         return slots
@@ -162,20 +193,32 @@ def attend_cache(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: f
 def _attend_slots(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
     """Attend one token's heads q [B*K, G, H] to the whole cache, with positions [B, 1].
 
-    One matrix-vector product per head of a group: as one product of matrices the values are repacked on every call
-    (batch 8, G = 2: 10 instead of 3 ms a layer), and so are the keys until there are more than two heads.
+    A few key heads at a time are widened to where the processor's caches hold them: memory is read once, whatever the
+    number of query heads. Then one matrix-vector product per head of a group: as one product of matrices the values
+    are repacked on every call (batch 8, G = 2: 10 instead of 3 ms a layer), and so are the keys until there are more
+    than two heads.
     """
-    heads, G, _ = q.shape
+    heads, G, H = q.shape
     B, S = positions.shape[0], cache["k"].shape[2]
-    q = q.astype(jnp.float32)
-    if G > 2:
-        scores = _contract(q, cache["k"], 2, 1)
-    else:
-        scores = jnp.stack([_contract(cache["k"], q[:, g], 1, 1) for g in range(G)], axis=1)
-    scores = scores.reshape(B, -1, G, S) * jnp.float32(scale)
-    allowed = (jnp.arange(S) <= positions)[:, None, None]
-    p = jax.nn.softmax(jnp.where(allowed, scores, _MASKED), axis=-1).reshape(heads, G, S)
-    return jnp.stack([_contract(cache["v"], p[:, g], 2, 1) for g in range(G)], axis=1)
+    q = q.astype(jnp.float32) * jnp.float32(scale)
+    last = jnp.repeat(positions, heads // B, axis=0)
+    # At least two rounds: outside of a loop the widening is not spread over the cores.
+    some = max((n for n in range(1, heads) if heads % n == 0 and n * H * S <= _WIDENED), default=1)
+
+    def attend(i: jax.Array, out: jax.Array) -> jax.Array:
+        mine, at, keys, values = (
+            lax.dynamic_slice_in_dim(a, i * some, some) for a in (q, last, cache["k"], cache["v"])
+        )
+        keys, values = lax.optimization_barrier([bits.numbers(a, q.dtype) for a in (keys, values)])
+        if G > 2:
+            scores = _contract(mine, keys, 2, 1)
+        else:
+            scores = jnp.stack([_contract(keys, mine[:, g], 1, 1) for g in range(G)], axis=1)
+        p = jax.nn.softmax(jnp.where((jnp.arange(S) <= at)[:, None], scores, _MASKED), axis=-1)
+        context = jnp.stack([_contract(values, p[:, g], 2, 1) for g in range(G)], axis=1)
+        return lax.dynamic_update_slice_in_dim(out, context, i * some, axis=0)
+
+    return lax.fori_loop(0, heads // some, attend, jnp.zeros(q.shape, jnp.float32))
 
 
 def _attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
@@ -189,7 +232,7 @@ def _attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale:
     def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, context = state
         first = jnp.minimum(i * size, S - size)  # the last block may overlap the one before
-        keys, values = (lax.dynamic_slice_in_dim(cache[x], first, size, axis=2).astype(q.dtype) for x in "kv")
+        keys, values = (bits.numbers(lax.dynamic_slice_in_dim(cache[x], first, size, axis=2), q.dtype) for x in "kv")
         slots = first + jnp.arange(size)
         scores = _batched(q, keys.transpose(0, 2, 1)).reshape(B, -1, rows // T, T, size) * jnp.float32(scale)
         scores = jnp.where((slots <= at) & (slots >= i * size), scores, _MASKED).reshape(heads, rows, size)
@@ -298,8 +341,8 @@ def _pick(stack: jax.Array, expert: jax.Array, t: jax.Array) -> jax.Array:
     stack, expert, _ = lax.optimization_barrier((stack, expert, t))
     if stack.dtype != jnp.bfloat16:
         return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
-    bits = lax.bitcast_convert_type(stack, jnp.uint16)
-    return lax.bitcast_convert_type(lax.dynamic_index_in_dim(bits, expert, keepdims=False), jnp.bfloat16)
+    stack = bits.kept(stack, jnp.dtype(jnp.uint16))
+    return bits.numbers(lax.dynamic_index_in_dim(stack, expert, keepdims=False), jnp.dtype(jnp.bfloat16))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen3_jax.ops import LayerCache, Ops, plain
+from qwen3_jax.ops import LayerCache, Ops, bits, plain
 from qwen3_jax.sharding import Rules, spec
 
 Layers = list[LayerCache]
@@ -50,7 +50,10 @@ def closed(layers: Layers) -> Layers:
 
 
 def init(pages: int, page_tokens: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
-    """Make a layer's empty pages, one more than asked for: the scratch page, whose number is `pages`."""
+    """Make a layer's empty pages, one more than asked for: the scratch page, whose number is `pages`.
+
+    Pages of uint16 hold bfloat16, see `bits`.
+    """
     shape = (kv_heads, pages + 1, page_tokens, head_dim)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
@@ -81,7 +84,7 @@ def _put(cache: LayerCache, name: str, new: jax.Array, start: jax.Array, size: i
     pages, table = cache[name], cache["table"]
     page, (B, T) = pages.shape[2], new.shape[:2]
     pieces = T // size
-    new = new.astype(pages.dtype).reshape(B * pieces, size, *new.shape[2:]).transpose(0, 2, 1, 3)  # [., K, size, H]
+    new = bits.kept(new, pages.dtype).reshape(B * pieces, size, *new.shape[2:]).transpose(0, 2, 1, 3)  # [., K, size, H]
 
     def write(i: jax.Array, pages: jax.Array) -> jax.Array:
         row, at = i // pieces, start[i // pieces] + i % pieces * size
@@ -101,7 +104,8 @@ def attend_gathered(q: jax.Array, cache: LayerCache, positions: jax.Array, scale
     dense = {}
     for name in "kv":
         rows = jnp.take(cache[name], table, axis=1)  # [K, B, columns, page, H]
-        dense[name] = rows.reshape(rows.shape[0], table.shape[0], -1, rows.shape[-1]).transpose(1, 2, 0, 3)
+        dense[name] = bits.numbers(rows, q.dtype).reshape(rows.shape[0], table.shape[0], -1, rows.shape[-1])
+        dense[name] = dense[name].transpose(1, 2, 0, 3)
     used = jnp.arange(dense["v"].shape[1]) <= jnp.max(positions, axis=1)[:, None]
     dense["v"] = jnp.where(used[:, :, None, None], dense["v"], 0)
     return plain.attend_cache(q, dense, positions, scale)
@@ -110,8 +114,8 @@ def attend_gathered(q: jax.Array, cache: LayerCache, positions: jax.Array, scale
 def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
     """Attend block by block of the table, with a running softmax; see `Ops.attend_cache`.
 
-    Queries of more than one token meet keys of their own dtype, one token those of the cache: for a token of bfloat16
-    and a cache that holds bfloat16 in float32 that is the same number, and what a CPU multiplies faster.
+    Queries of more than one token meet keys of their own dtype, one token those of the cache, bits as float32: the same
+    numbers, and what a CPU multiplies faster.
 
     A block that lies above a row's position changes nothing of that row, to the bit: its probabilities are zero and
     its largest score is not larger. So a row's result does not depend on how long the others are.
@@ -123,17 +127,19 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
     size = count * page
     table = _columns(cache, count)
     queries = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, H)
+    kept = cache["k"].dtype
     if T == 1:
-        queries = queries.astype(cache["k"].dtype)
+        queries = queries.astype(jnp.float32 if kept == jnp.uint16 else kept)
     last = jnp.max(positions, axis=1)
 
     def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, context = state
         ids = lax.dynamic_slice_in_dim(table, i * count, count, axis=1)
         slots = i * size + jnp.arange(size)
-        keys = jnp.take(cache["k"], ids, axis=1, mode="clip").reshape(K * B, size, H).astype(queries.dtype)
-        values = jnp.take(cache["v"], ids, axis=1, mode="clip").reshape(K, B, size, H)
-        values = jnp.where((slots <= last[:, None])[None, :, :, None], values, 0).reshape(K * B, size, H)
+        keys, values = (jnp.take(cache[name], ids, axis=1, mode="clip").reshape(K, B, size, H) for name in "kv")
+        values = jnp.where((slots <= last[:, None])[None, :, :, None], values, 0)
+        keys = bits.numbers(keys, queries.dtype).reshape(K * B, size, H)
+        values = bits.numbers(values, queries.dtype if kept == jnp.uint16 else kept).reshape(K * B, size, H)
         scores = _product(queries, keys, 2).reshape(K, B, G, T, size) * jnp.float32(scale)
         allowed = (slots <= positions[:, :, None])[None, :, None]
         scores = jnp.where(allowed, scores, _MASKED).reshape(K * B, G * T, size)
@@ -222,8 +228,7 @@ def paged(ops: Ops, *, platform: str, mesh: Mesh | None = None, rules: Rules | N
     """
 
     def init_cache(pages: int, page_tokens: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
-        # Everything that a CPU does to bfloat16 but multiply is done in float32, on a widened copy: see `ops.cpu`.
-        return init(pages, page_tokens, kv_heads, head_dim, jnp.dtype(jnp.float32) if platform == "cpu" else dtype)
+        return init(pages, page_tokens, kv_heads, head_dim, bits.dtype_of(dtype) if platform == "cpu" else dtype)
 
     write, read = update, {"tpu": attend_tpu, "gpu": attend_gpu, "cuda": attend_gpu}.get(platform, attend_blocks)
     if mesh is not None and rules is not None:
