@@ -245,6 +245,7 @@ class Qwen3(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         fresh: bool = False,
+        only: jax.Array | None = None,
         taps: Taps | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Run the network up to the final norm.
@@ -259,10 +260,12 @@ class Qwen3(nnx.Module):
                 padding writes slots that the row's next tokens overwrite, so positions[b, 0] + T must not exceed the
                 capacity.
             fresh: the cache is empty and every row starts at position 0, so the tokens attend only to themselves.
+            only: [B] int32, the one place of each row's T whose hidden state is wanted; None means all.
             taps: records intermediates.
 
         Returns:
-            hidden [B, T, D] in the compute dtype, after the final norm, for `logits`; and the cache, updated.
+            hidden [B, T, D] in the compute dtype, or [B, 1, D], after the final norm, for `logits`; and the cache,
+            updated.
 
         Raises:
             ValueError: both or neither of tokens and inputs_embeds, or segment_ids with a cache.
@@ -290,6 +293,9 @@ class Qwen3(nnx.Module):
             layer_cache = None if cache is None else cache[i]
             x, layer_cache = layer(x, shared, layer_cache, taps, f"layers.{i}")
             layer_caches.append(layer_cache)
+        if only is not None:
+            place = only if blocks is None else blocks.place(only, x.shape[1])
+            x, blocks = jnp.take_along_axis(x, place[:, None, None], axis=1), None
         x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
         if blocks is not None:
             x = blocks.in_order(self.ops.constrain(x, "batch slots hidden"))

@@ -95,10 +95,9 @@ class Steps:
         model = nnx.merge(self.graphdef, params)
         batch, T = tokens.shape
         positions = jnp.broadcast_to(at + jnp.arange(T, dtype=jnp.int32), (batch, T))
-        hidden, cache = model(tokens, positions=positions, cache=cache, fresh=fresh)
         offset = lengths - 1 - at
-        here = jnp.take_along_axis(hidden, jnp.clip(offset, 0, T - 1)[:, None, None], axis=1)[:, 0]
-        return cache, jnp.where(((offset >= 0) & (offset < T))[:, None], here, last)
+        hidden, cache = model(tokens, positions=positions, cache=cache, fresh=fresh, only=jnp.clip(offset, 0, T - 1))
+        return cache, jnp.where(((offset >= 0) & (offset < T))[:, None], hidden[:, 0], last)
 
     def first(
         self,

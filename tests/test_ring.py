@@ -65,6 +65,16 @@ def test_prefill_rules_give_the_same_logits(text, reference):
     chex.assert_trees_all_close(network.logits(tokens), theirs, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("text", ["expert=2,model=4", "expert=4,model=2", "model=4"])
+def test_one_place_of_each_row_is_that_of_the_whole(text, reference):
+    """Wherever the place lies: on the first device, on the last, in either of a device's blocks."""
+    folder, tokens, theirs = reference
+    network = Network(folder, formulation="xla", mesh=mesh_of(text), purpose="prefill")
+    for places in ([0, 31], [30, 9], [17, 16]):
+        logits = network.logits(tokens, only=np.array(places, np.int32))
+        chex.assert_trees_all_close(logits, theirs[[0, 1], places][:, None], atol=2e-5, rtol=0)
+
+
 def test_devices_attend_to_as_much_as_each_other():
     prompts = on_mesh(plain.XLA, mesh_of("expert=4,model=2"), sharding.RULES["prefill"])
     blocks = prompts.blocks(2, 64)
@@ -73,6 +83,7 @@ def test_devices_attend_to_as_much_as_each_other():
     assert positions[0] == 0
     assert len({part.sum() for part in np.split(positions, 4)}) == 1
     chex.assert_trees_all_equal(blocks.in_order(positions[None])[0], jnp.arange(64))
+    chex.assert_trees_all_equal(positions[blocks.place(jnp.arange(64), 64)], jnp.arange(64))
     assert prompts.blocks(2, 63) is None
     assert on_mesh(plain.XLA, mesh_of("model=4"), sharding.RULES["prefill"]).blocks(2, 64) is None
 

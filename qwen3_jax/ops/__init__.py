@@ -37,7 +37,15 @@ class Blocks(NamedTuple):
 
     def in_order(self, x: jax.Array) -> jax.Array:
         """Undo `arrange`."""
-        return Blocks(tuple(sorted(range(len(self.order)), key=self.order.__getitem__))).arrange(x)
+        return Blocks(self._places()).arrange(x)
+
+    def place(self, at: jax.Array, length: int) -> jax.Array:
+        """Return where in this order the tokens lie that are at `at` of a length."""
+        size = length // len(self.order)
+        return jnp.asarray(self._places(), jnp.int32)[at // size] * size + at % size
+
+    def _places(self) -> tuple[int, ...]:
+        return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
 
 
 def _no_blocks(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> Any:

@@ -140,12 +140,20 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
 
         def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
             """Look up what is here; of the sum over devices each keeps its part of the stream."""
-            at = tokens - lax.axis_index(vocab) * table.shape[0]
-            here = (at >= 0) & (at < table.shape[0])
-            found = jnp.where(here[:, :, None], ops.embed(table, jnp.clip(at, 0, table.shape[0] - 1)), 0)
-            for axis in vocab:  # over both at once the compiler would send twice as much
-                found = lax.psum_scatter(found, axis, scatter_dimension=1, tiled=True)
-            return found
+            first = lax.axis_index(vocab) * table.shape[0]
+
+            def found(begin: jax.Array, rows: int) -> jax.Array:
+                at = lax.dynamic_slice_in_dim(tokens, begin, rows, axis=1) - first
+                here = (at >= 0) & (at < table.shape[0])
+                return jnp.where(here[:, :, None], ops.embed(table, jnp.clip(at, 0, table.shape[0] - 1)), 0)
+
+            # As reductions the compiler would send every sum to all, twice as much.
+            share, length = found, tokens.shape[1]
+            for axis in vocab:
+                if mesh.shape[axis] > 1:
+                    part = ring.row(share, length, axis)
+                    share, length = partial(lax.dynamic_slice_in_dim, part, axis=1), part.shape[1]
+            return share(jnp.int32(0), length)
 
         ins = PartitionSpec(vocab), PartitionSpec(rules["batch"])
         return jax.shard_map(local, mesh=mesh, in_specs=ins, out_specs=stream, check_vma=False)(table, tokens)
