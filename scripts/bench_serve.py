@@ -1,6 +1,6 @@
 """Time serving on CPU cores: the engine against itself one request at a time, and against transformers' `generate`.
 
-    python scripts/bench_serve.py            # all of it, about 40 minutes on 2 cores; writes bench_serve.json
+    python scripts/bench_serve.py            # all of it, about 35 minutes on 2 cores; writes bench_serve.json
     python scripts/bench_serve.py --quick    # a few requests of everything, about 10 minutes
     python scripts/bench_serve.py --http     # our side behind `qwen3-jax serve`, streamed over HTTP
     python scripts/bench_serve.py --only host,prefix
