@@ -155,8 +155,7 @@ class Pooler:
 def _last(model: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """Return hidden [B, 1, D] of each row's last token; what pads a row to the right it does not see."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = model(tokens, positions=positions)
-    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return model(tokens, positions=positions, only=lengths - 1)[0]
 
 
 def _embed(graphdef: Any, params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ def test_einsum_casts_parameters_to_the_compute_dtype(x_dtype):
     assert gradients(functools.partial(cpu.einsum, "BTD,FD->BTF"), x, w)[1].dtype == w_dtype
 
 
-@pytest.mark.parametrize("out", [2048, 2100, 2053])  # in two rounds each, and, a prime, in one
+@pytest.mark.parametrize("out", [2048, 2100, 2053])  # in two pieces each; a prime has none
 @pytest.mark.parametrize("x_dtype", DTYPES)
 def test_one_row_and_a_large_matrix(x_dtype, out):
     x, w = draw(0, 1, 1, 1024, dtype=x_dtype), draw(1, out, 1024, dtype=jnp.bfloat16)
@@ -175,6 +175,20 @@ def test_cache(dtype, B, T, groups, S, starts):
         values = np.concatenate([wide(v)[b, : start[b]], wide(new_v)[b]])[None]
         allowed = np.arange(keys.shape[1])[None, None] <= start[b] + np.arange(T)[None, :, None]
         check(actual[b], attention(q[b][None], keys, values, allowed, 0.3)[0], dtype)
+
+
+def test_a_gradient_through_a_cache_of_bits_is_refused():
+    """It would come out as zero. In float32 it is there."""
+
+    def run(k, dtype):
+        k = k.astype(dtype)
+        cache = cpu.update_cache(cpu.init_cache(1, 8, 2, 4, dtype), k, k, jnp.zeros(1, jnp.int32))
+        return jnp.sum(cpu.attend_cache(k[:, :1], cache, jnp.full((1, 1), 2), 1.0).astype(jnp.float32))
+
+    k = draw(0, 1, 3, 2, 4)
+    assert np.abs(np.asarray(jax.grad(run)(k, jnp.float32))[0, 2]).max() > 0
+    with pytest.raises(NotImplementedError, match="no gradient goes through a cache of bfloat16"):
+        jax.grad(run)(k, jnp.bfloat16)
 
 
 def routing(kind: str, R: int, E: int, C: int) -> np.ndarray:

@@ -22,6 +22,7 @@ E experts, C experts per token, F expert width, R routed tokens, M rows of a til
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from qwen3_jax.ops import LayerCache, Ops, bits, plain
 _QUERY_BLOCK = 256
 _QUERY_GROUPS = 8
 _SLOT_BLOCK = 512
-_WIDENED = 2**20  # numbers of keys, and as many of values, that a round of decoding holds as float32
+_WIDENED = 2**20  # numbers that decoding widens to float32 at a time: of keys, of values, of a large matrix
 _MASKED = -1e30  # finite, so that a row without any allowed key gives numbers, not NaN
 
 
@@ -58,8 +59,8 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply x [R, in] by w [out, in] into float32 [R, out]; x's dtype is the products', w is cast to it."""
-    if x.shape[0] == 1 and w.dtype == jnp.bfloat16 and w.size >= 2 * _WIDENED:
-        return _vector_linear(x, w)
+    if x.shape[0] == 1 and w.dtype == jnp.bfloat16 and (some := _rows_at_once(*w.shape)) is not None:
+        return _vector_linear(some, x, w)
     if x.shape[0] == 1 and jnp.bfloat16 in (x.dtype, w.dtype):
         wide, w = lax.optimization_barrier((x.astype(jnp.float32), w))
         return jnp.sum(w.astype(x.dtype).astype(jnp.float32) * wide, axis=1)[None]
@@ -73,19 +74,26 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _vector_linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply x [1, in] by a large w [out, in] of bfloat16, rows by rows that are widened into the processor's caches.
+def _rows_at_once(rows: int, width: int) -> int | None:
+    """Return in pieces of how many rows a large matrix is widened; None if it is small or has no even pieces so large.
+
+    Less than `_WIDENED` numbers are not spread over the cores, and many times as many are not held by their caches.
+    """
+    pieces = [n for n in range(1, rows // 2 + 1) if rows % n == 0 and _WIDENED <= n * width <= 4 * _WIDENED]
+    return min(pieces, default=None)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _vector_linear(some: int, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply x [1, in] by a large w [out, in] of bfloat16, `some` rows at a time.
 
     That reads 16–19 GB of weights a second where multiplying and summing, in the same run, reads 12–16.
     """
-    rows, width = w.shape
-    x = x.astype(jnp.float32)[0]
-    some = min(n for n in range(1, rows + 1) if rows % n == 0 and n * width >= _WIDENED)
+    rows, x = w.shape[0], x.astype(jnp.float32)[0]
 
     def product(i: jax.Array, out: jax.Array) -> jax.Array:
         tied, i = lax.optimization_barrier((w, i))
-        piece = lax.dynamic_slice_in_dim(bits.kept(tied, jnp.dtype(jnp.uint16)), i * some, some)
+        piece = lax.dynamic_slice_in_dim(bits.of(tied), i * some, some)
         wide = lax.optimization_barrier(bits.numbers(piece, x.dtype))
         part = lax.dot_general(wide, x, (((1,), (0,)), ((), ())))
         return lax.dynamic_update_slice_in_dim(out, part[None], i * some, axis=1)
@@ -94,7 +102,9 @@ def _vector_linear(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 # Bits have no gradient.
-_vector_linear.defvjp(lambda x, w: (_vector_linear(x, w), (x, w)), lambda saved, ct: jax.vjp(_product, *saved)[1](ct))
+_vector_linear.defvjp(
+    lambda some, x, w: (_vector_linear(some, x, w), (x, w)), lambda _, saved, ct: jax.vjp(_product, *saved)[1](ct)
+)
 
 
 def attend(
@@ -341,8 +351,8 @@ def _pick(stack: jax.Array, expert: jax.Array, t: jax.Array) -> jax.Array:
     stack, expert, _ = lax.optimization_barrier((stack, expert, t))
     if stack.dtype != jnp.bfloat16:
         return lax.dynamic_index_in_dim(stack, expert, keepdims=False)
-    stack = bits.kept(stack, jnp.dtype(jnp.uint16))
-    return bits.numbers(lax.dynamic_index_in_dim(stack, expert, keepdims=False), jnp.dtype(jnp.bfloat16))
+    picked = lax.dynamic_index_in_dim(bits.of(stack), expert, keepdims=False)
+    return bits.numbers(picked, stack.dtype)
 
 
 @dataclass(frozen=True)

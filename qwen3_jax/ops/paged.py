@@ -104,8 +104,8 @@ def attend_gathered(q: jax.Array, cache: LayerCache, positions: jax.Array, scale
     dense = {}
     for name in "kv":
         rows = jnp.take(cache[name], table, axis=1)  # [K, B, columns, page, H]
-        dense[name] = bits.numbers(rows, q.dtype).reshape(rows.shape[0], table.shape[0], -1, rows.shape[-1])
-        dense[name] = dense[name].transpose(1, 2, 0, 3)
+        rows = bits.numbers(rows, q.dtype).reshape(rows.shape[0], table.shape[0], -1, rows.shape[-1])
+        dense[name] = rows.transpose(1, 2, 0, 3)
     used = jnp.arange(dense["v"].shape[1]) <= jnp.max(positions, axis=1)[:, None]
     dense["v"] = jnp.where(used[:, :, None, None], dense["v"], 0)
     return plain.attend_cache(q, dense, positions, scale)
@@ -114,8 +114,7 @@ def attend_gathered(q: jax.Array, cache: LayerCache, positions: jax.Array, scale
 def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
     """Attend block by block of the table, with a running softmax; see `Ops.attend_cache`.
 
-    Queries of more than one token meet keys of their own dtype, one token those of the cache, bits as float32: the same
-    numbers, and what a CPU multiplies faster.
+    One token meets bits as float32, more tokens as bfloat16: the same numbers, and what a CPU multiplies faster.
 
     A block that lies above a row's position changes nothing of that row, to the bit: its probabilities are zero and
     its largest score is not larger. So a row's result does not depend on how long the others are.
@@ -127,9 +126,8 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
     size = count * page
     table = _columns(cache, count)
     queries = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, H)
-    kept = cache["k"].dtype
-    if T == 1:
-        queries = queries.astype(jnp.float32 if kept == jnp.uint16 else kept)
+    if T == 1 and cache["k"].dtype == jnp.uint16:
+        queries = queries.astype(jnp.float32)
     last = jnp.max(positions, axis=1)
 
     def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -138,8 +136,7 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
         slots = i * size + jnp.arange(size)
         keys, values = (jnp.take(cache[name], ids, axis=1, mode="clip").reshape(K, B, size, H) for name in "kv")
         values = jnp.where((slots <= last[:, None])[None, :, :, None], values, 0)
-        keys = bits.numbers(keys, queries.dtype).reshape(K * B, size, H)
-        values = bits.numbers(values, queries.dtype if kept == jnp.uint16 else kept).reshape(K * B, size, H)
+        keys, values = (bits.numbers(a, queries.dtype).reshape(K * B, size, H) for a in (keys, values))
         scores = _product(queries, keys, 2).reshape(K, B, G, T, size) * jnp.float32(scale)
         allowed = (slots <= positions[:, :, None])[None, :, None]
         scores = jnp.where(allowed, scores, _MASKED).reshape(K * B, G * T, size)

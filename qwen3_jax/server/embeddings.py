@@ -6,6 +6,7 @@ An embedding model, see `pooling.embeds`, scores a query and a document by the c
 them as Qwen3-Reranker does, by the token "yes" against "no".
 """
 
+import asyncio
 import base64
 import functools
 import time
@@ -222,7 +223,8 @@ async def _pooled(http: Request, name: str, prompts: list[list[int]], **ids: int
         seconds = time.perf_counter() - began
         tokens = sum(map(len, prompts))
         stats = RequestStats(tokens, 0, 0, 0, 0.0, seconds, 0.0, None, seconds, 0, 0)
-        state.engine.call(functools.partial(observer.finished, stats, finish_reason="stop"))
+        # Told before the answer: whoever has the answer finds it counted.
+        await asyncio.wrap_future(state.engine.call(functools.partial(observer.finished, stats, finish_reason="stop")))
     return np.stack(out)
 
 
