@@ -69,14 +69,14 @@ class Served:
         int | None,
         arg(metavar="N", help="prompt tokens per prefill call", help_behavior_hint="(default: 64 on a CPU, else 512)"),
     ] = None
-    decode_tokens: Annotated[int, arg(metavar="N", help="tokens per decode call when nobody waits")] = (
+    decode_tokens: Annotated[int, arg(metavar="N", help="most tokens per decode call when nobody waits")] = (
         EngineOptions.decode_tokens
     )
     busy_tokens: Annotated[
         int | None,
         arg(
             metavar="N",
-            help="tokens per decode call beside a prompt",
+            help="tokens per decode call beside a long prompt",
             help_behavior_hint="(default: 4 on a CPU, else 1)",
         ),
     ] = None

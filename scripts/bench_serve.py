@@ -1,6 +1,6 @@
 """Time serving on CPU cores: the engine against itself one request at a time, and against transformers' `generate`.
 
-    python scripts/bench_serve.py            # all of it, about 35 minutes on 2 cores; writes bench_serve.json
+    python scripts/bench_serve.py            # all of it, about 45 minutes on 2 cores; writes bench_serve.json
     python scripts/bench_serve.py --quick    # a few requests of everything, about 10 minutes
     python scripts/bench_serve.py --http     # our side behind `qwen3-jax serve`, streamed over HTTP
     python scripts/bench_serve.py --only host,prefix
@@ -10,8 +10,9 @@ requests, closed-loop (so many clients, each sends its next request when it has 
 trace per request: when it was sent, and when how many tokens arrived. Targets take turns, round after round, so that
 whatever else the machine does hits all of them. All of them decode greedily and never end early.
 
-Throughput is generated tokens over the seconds from the first request to the last token. TTFT is from sending to the
-first token, the queue included. Inter-token latency is the time between two deliveries of a request divided by the
+Throughput is generated tokens per second while the load lasts: from the first request to the first answer that no
+further request follows, so with as many requests out as there are clients. TTFT is from sending to the first token, the
+queue included. Inter-token latency is the time between two deliveries of a request divided by the
 tokens of the second; every token counts once.
 """
 
@@ -269,14 +270,22 @@ def quantile(values: Iterable[float], q: float) -> float:
     return ordered[max(0, -int(-q * len(ordered) // 1) - 1)]
 
 
+def under_load(traces: list[Trace]) -> tuple[int, float]:
+    """Return how many tokens came while the load lasted, and how many seconds that was."""
+    last = max(trace.sent for trace in traces)
+    until = min(end for trace in traces if (end := trace.deliveries[-1][0]) > last)
+    tokens = sum(count for trace in traces for moment, count in trace.deliveries if moment <= until)
+    return tokens, until - min(trace.sent for trace in traces)
+
+
 def sums(rounds: list[list[Trace]]) -> dict[str, float]:
     """Sum up the rounds of one target under one load."""
     traces = [trace for traces in rounds for trace in traces]
-    seconds = sum(max(t.deliveries[-1][0] for t in r) - min(t.sent for t in r) for r in rounds)
+    tokens, seconds = map(sum, zip(*map(under_load, rounds), strict=True))
     gaps = [gap for trace in traces for gap in trace.gaps()]
     return {
         "requests": len(traces),
-        "tokens_per_s": sum(trace.tokens for trace in traces) / seconds,
+        "tokens_per_s": tokens / seconds,
         "ttft_p50_s": quantile((t.first_s for t in traces), 0.5),
         "ttft_p99_s": quantile((t.first_s for t in traces), 0.99),
         "itl_p50_s": quantile(gaps, 0.5),
@@ -326,7 +335,7 @@ class Bench:
         for target in (batched, alone, theirs):
             asyncio.run(closed_loop(target, jobs(2, prefix=0, own=16, tokens=9, seed=99), 1))  # warm
         for shape, lengths in self.shapes().items():
-            counts = {batched: ROWS if quick else 2 * ROWS, alone: 2 if quick else 4, theirs: 2 if quick else 4}
+            counts = {batched: (2 if quick else 3) * ROWS, alone: 2 if quick else 4, theirs: 2 if quick else 4}
             found: dict[str, list[list[Trace]]] = {target.name: [] for target in counts}
             for number in range(rounds):
                 for target, count in counts.items():
@@ -346,7 +355,7 @@ class Bench:
         target, tokens = self.ours("batch", rows=ROWS), 32 if quick else 128
         for shape, lengths in self.shapes().items():
             self.note(f"Poisson, {shape}: how much a closed loop takes")
-            full = sums([asyncio.run(closed_loop(target, jobs(ROWS, **lengths, tokens=tokens, seed=40), ROWS))])
+            full = sums([asyncio.run(closed_loop(target, jobs(2 * ROWS, **lengths, tokens=tokens, seed=40), ROWS))])
             per_s = 0.7 * full["tokens_per_s"] / tokens
             self.note(f"Poisson, {shape}: {per_s:.2f} requests/s")
             some = jobs(ROWS if quick else 3 * ROWS, **lengths, tokens=tokens, seed=50)
@@ -362,7 +371,7 @@ class Bench:
         for number in range(3 if self.args.quick else 7):
             for target in targets if number % 2 else reversed(targets):
                 self.note(f"cost of determinism, round {number}: {target.name}")
-                some = jobs(ROWS, prefix=0, own=32, tokens=32, seed=number)
+                some = jobs(3 * ROWS, prefix=0, own=32, tokens=32, seed=number)
                 traces = asyncio.run(closed_loop(target, some, ROWS))
                 if number:  # the first warms
                     rounds[target.name].append(sums([traces])["tokens_per_s"])

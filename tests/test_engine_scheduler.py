@@ -399,7 +399,30 @@ def test_running_rows_decode_in_every_plan_of_a_long_prefill(busy: int, steps: i
     engine.add(1, prompt_of(80), 1)
     plans = [engine.step() for _ in range(10)]
     assert [sum(c.length for c in plan.prefill) for plan in plans] == [8] * 10
-    assert all([d.sequence for d in plan.decode] == [runs] and plan.decode_tokens == steps for plan in plans)
+    assert all([d.sequence for d in plan.decode] == [runs] for plan in plans)
+    assert [plan.decode_tokens for plan in plans] == [1] + [steps] * 9  # the first found it waiting
+
+
+def test_short_prompts_are_prefilled_beside_one_step_each():
+    engine = Engine(**PLAIN, busy_tokens=8)
+    engine.add(0, endless(5, 80), 80)
+    engine.step()
+    engine.step()
+    for id, length in ((1, 32), (2, 33)):  # four chunks, and a token more
+        engine.add(id, prompt_of(length, id), 1)
+        steps = [plan.decode_tokens for plan in (engine.step() for _ in range(-(-length // 8))) if plan.prefill]
+        assert steps == ([1] * 4 if id == 1 else [1] + [4] * 4)
+        engine.step()
+        engine.step()
+
+
+def test_slow_steps_make_short_calls():
+    engine = Engine(**PLAIN)
+    engine.add(0, endless(5, 80), 80)
+    engine.step()
+    for step_s, steps in ((0.0, 8), (0.01, 8), (0.05, 4), (0.15, 3), (3.0, 3), (0.001, 8)):
+        engine.scheduler.pace(step_s)
+        assert engine.step().decode_tokens == steps
 
 
 def test_long_prefills_take_turns_and_short_ones_do_not_wait_for_them():

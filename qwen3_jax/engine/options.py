@@ -21,10 +21,12 @@ class EngineOptions:
         cache_tokens: positions that all pages hold together; None is rows * min(context, 4096).
         chunk_tokens: most prompt tokens per prefill call, a multiple of page_tokens; None is 64 on a CPU, where a
             longer call would hold decoding up, and 512 elsewhere.
-        decode_tokens: most tokens per row and call when nobody waits.
-        busy_tokens: the same while somebody waits or is prefilled. A chunk and a decode call take turns, so this many
-            tokens share the chunk's time; fewer, the more prompts there are beside the rows that decode. None is 4 on
-            a CPU, where a chunk takes as long as several steps, 1 elsewhere, and never more than decode_tokens.
+        decode_tokens: most tokens per row and call when nobody waits. Calls of slow steps take fewer, down to 3, so
+            that they end after 0.2 s.
+        busy_tokens: the same while a prompt of more than four chunks is prefilled. A chunk and a decode call take
+            turns, so this many tokens share the chunk's time; fewer, the more prompts there are beside the rows that
+            decode. None is 4 on a CPU, where a chunk takes as long as several steps, 1 elsewhere, and never more than
+            decode_tokens.
         max_waiting: most requests in the queue; more are refused.
         max_waiting_tokens: most prompt tokens in the queue; None is unlimited.
         prefix_cache: share the pages of equal beginnings.

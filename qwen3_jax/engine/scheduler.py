@@ -24,6 +24,9 @@ from qwen3_jax.engine.prefixes import Prefixes
 from qwen3_jax.engine.sequence import Chunk, Decode, Plan, Sequence
 
 LOOK = 32  # sequences at the head of the queue that one plan considers
+SHORT = 4  # chunks of a prompt that is over soon
+CALL_S = 0.2  # seconds that a decode call should take at most: who comes during it waits for its end
+CALL_STEPS = 3  # that it takes all the same: what a call costs the host, about 2 ms, is for all of them
 
 
 class TooLarge(ValueError):
@@ -52,9 +55,10 @@ class Scheduler:
             pages: of the whole cache, numbered from 0; a page for writes that count for nothing is the engine's own.
             page_tokens: positions per page.
             chunk_tokens: most prompt tokens per plan, except that one chunk always fits.
-            decode_tokens: most steps per decode call when nobody waits.
-            busy_tokens: the same while somebody waits or is prefilled, at most decode_tokens; fewer, down to 1, the
-                larger the share of those among all.
+            decode_tokens: most steps per decode call when nobody waits; fewer when they are slow, see `pace`.
+            busy_tokens: the same while a prompt of more than `SHORT` chunks is prefilled, at most decode_tokens; fewer,
+                down to 1, the larger the share of those who do not decode. Beside short prompts it is 1: a row that
+                decodes nothing costs a step as much as one that does, and they are over soon.
             deterministic: see the module.
 
         Raises:
@@ -78,6 +82,7 @@ class Scheduler:
         self.chunk_tokens = chunk_tokens
         self.decode_tokens = decode_tokens
         self.busy_tokens = busy_tokens
+        self._paced_tokens = decode_tokens
         self.deterministic = deterministic
         grain = chunk_tokens // page_tokens if deterministic else 1
         self.prefixes = Prefixes(self.pages, page_tokens=page_tokens, grain=grain, enabled=prefix_cache)
@@ -142,6 +147,10 @@ class Scheduler:
         self._end(sequence)
         return True
 
+    def pace(self, step_s: float) -> None:
+        """Note how many seconds a step of decoding takes: further calls take `CALL_S`, or `CALL_STEPS` steps."""
+        self._paced_tokens = min(self.decode_tokens, max(CALL_STEPS, int(CALL_S / max(step_s, 1e-9))))
+
     def plan(self) -> Plan:
         """Decide what the device computes next, and allot its pages."""
         plan = Plan()
@@ -194,9 +203,13 @@ class Scheduler:
         return over
 
     def _most_steps(self) -> int:
-        """Return how many steps a decode call may take: of those beside a chunk, the share of the rows that decode."""
+        """Return how many steps a decode call may take: beside a long prompt, the share of the rows that decode."""
         decode, others = len(self._decoding), len(self.waiting) + len(self._prefilling)
-        return max(1, -(-self.busy_tokens * decode // (decode + others))) if others else self.decode_tokens
+        if not others:
+            return self._paced_tokens
+        if all(len(s.prompt) - s.cached <= SHORT * self.chunk_tokens for s in self._prefilling):
+            return 1
+        return max(1, -(-self.busy_tokens * decode // (decode + others)))
 
     def _plan_decode(self, plan: Plan, most: int) -> None:
         """Plan up to `most` steps of every row that has one to do, best first; the worst lose their pages if there are

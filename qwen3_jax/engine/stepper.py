@@ -33,6 +33,7 @@ class Flight:
     """A plan that was dispatched, and what will come of it."""
 
     plan: Plan
+    begun: float  # seconds
     decoded: Emitted = field(default_factory=dict)
     entries: list[tuple[Job, Decode, int]] = field(default_factory=list)  # with the row in `decoded`
     firsts: list[tuple[Job, Chunk, Emitted]] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Stepper:
         self.jobs: dict[int, Job] = {}
         self._give_up = give_up
         self._flights: deque[Flight] = deque()
+        self._through: float | None = None  # when the device was through with the last flight, if that is known
         self._layout = Layout(
             rows=options.rows,
             columns=device.columns,
@@ -137,7 +139,7 @@ class Stepper:
 
     def _dispatch(self, plan: Plan) -> Flight:
         now = time.perf_counter()
-        flight = Flight(plan)
+        flight = Flight(plan, now)
         for sequence in plan.admitted:
             job = self.jobs[sequence.id]
             if job.admitted is None:
@@ -238,6 +240,9 @@ class Stepper:
 
         decoded = distributed.fetch(flight.decoded)
         now = time.perf_counter()
+        if flight.entries and self._through is not None:
+            self.scheduler.pace((now - max(self._through, flight.begun)) / flight.plan.decode_tokens)
+        self._through = None if flight.plan.prefill else now
         if flight.entries:
             columns = decoded["token"][: flight.plan.decode_tokens].T.tolist()
             for job, entry, row in flight.entries:
