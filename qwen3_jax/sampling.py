@@ -147,14 +147,21 @@ def sample(
         token [B] int32; -1 where the logits are not finite, so that a broken row is an error and not a text.
     """
     x, best = _edited(sampler, logits, rows, index, history)
-    if sampler.draw == "greedy":
-        token = _first(x, best)
-    else:
+    random = rows["temperature"] >= GREEDY_BELOW
+
+    def drawn(x: jax.Array, best: jax.Array) -> jax.Array:
         ids, scores = _support(sampler, x, best, rows, top)
         noise = _gumbel(rows["key"], index, ids)
-        scores = jnp.where((rows["temperature"] >= GREEDY_BELOW)[:, None], scores + noise, scores)
+        scores = jnp.where(random[:, None], scores + noise, scores)
         choice = _first(scores, jnp.max(scores, axis=-1, keepdims=True))
-        token = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+        return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+
+    if sampler.draw == "greedy":
+        token = _first(x, best)
+    elif sampler.draw == "bounded":
+        token = drawn(x, best)
+    else:  # the same tokens; noise for the whole vocabulary takes ten times as long
+        token = jax.lax.cond(jnp.any(random), drawn, _first, x, best)
     return jnp.where(jnp.isfinite(best[:, 0]), token, -1)
 
 
@@ -184,9 +191,9 @@ def logprobs(sampler: Sampler, logits: jax.Array, token: jax.Array, *, top: Top 
     if sampler.logprobs is None:
         return {}
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # A sum of one and not a gather: on a mesh every device adds what it holds of the vocabulary.
+    # The largest of one and not a gather: on a mesh every device says what it holds of the vocabulary.
     here = jnp.arange(logits.shape[-1]) == jnp.maximum(token, 0)[:, None]
-    own = jnp.sum(jnp.where(here, logits, 0.0), axis=-1, keepdims=True)
+    own = jnp.max(jnp.where(here, logits, -jnp.inf), axis=-1, keepdims=True)
     out = {"logprob": (own - total)[:, 0]}
     if sampler.logprobs:
         known = jnp.where(jnp.arange(logits.shape[-1]) < sampler.tokens, logits, -jnp.inf)
