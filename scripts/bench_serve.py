@@ -550,7 +550,7 @@ def table(results: dict[str, Any]) -> str:
             rows.append((f"throughput, {load}, over transformers", f"{ours / theirs:.2f}", ""))
     if r := results.get("host"):
         for name in ("one", "many"):
-            what = f"host per step, 32 rows, p50; tokens per call: {r[name]['tokens_per_call']}"
+            what = f"host per step, 32 rows, p50; tokens per call: at most {r[name]['tokens_per_call']}"
             rows.append((what, f"{r[name]['p50_s'] * 1e3:.2f} ms", AIMS["host"]))
         rows.append(("the scheduler alone; tokens per call: 1", f"{r['scheduler_p50_s'] * 1e3:.2f} ms", ""))
     if r := results.get("prefix"):
