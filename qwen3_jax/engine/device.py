@@ -150,7 +150,7 @@ class Device:
 
     def forward(self, growth: np.ndarray, active: np.ndarray) -> None:
         """Run the last token of every active row, for `draw`."""
-        host = self._there("growth", growth), self._there("active", active)
+        host = self._there("growth", growth), self._there("active", active), self._counts[1]
         self._call("forward", ("params", "cache", "tables", "state"), host, keep=("cache", "tables", "logits"))
 
     def draw(self, active: np.ndarray, known: np.ndarray, answers: np.ndarray, allowed: np.ndarray) -> Emitted:

@@ -146,13 +146,33 @@ class Programs:
         return cache, state, edits, tables, out
 
     def forward(
-        self, params: Params, cache: Cache, tables: jax.Array, state: State, growth: jax.Array, active: jax.Array
+        self,
+        params: Params,
+        cache: Cache,
+        tables: jax.Array,
+        state: State,
+        growth: jax.Array,
+        active: jax.Array,
+        count: jax.Array,
     ) -> tuple[Cache, jax.Array, jax.Array]:
-        """Run the last token of every active row; returns cache and tables (donated), and logits [B, V]."""
+        """Run the last token of every active row; returns cache and tables (donated), and logits [B, V].
+
+        Args:
+            count: int32, one, which the compiler must not know: in a loop as in `decode` it makes the same code of the
+                network. As a step by itself some results differed from there in their last bit.
+        """
         model = nnx.merge(self.steps.graphdef, params)
         tables = grown(tables, growth)
-        hidden, cache = advance(model, cache, replace(state, done=state.done | ~active), tables)
-        return cache, tables, model.logits(hidden)[:, 0]
+        state = replace(state, done=state.done | ~active)
+
+        def step(carry: tuple[jax.Array, Cache, jax.Array]) -> tuple[jax.Array, Cache, jax.Array]:
+            i, cache, _ = carry
+            hidden, cache = advance(model, cache, state, tables)
+            return i + 1, cache, model.logits(hidden)[:, 0]
+
+        logits = jnp.zeros((state.token.shape[0], self.steps.config.vocab_size), jnp.float32)
+        _, cache, logits = lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), cache, logits))
+        return cache, tables, logits
 
     def draw(
         self,
