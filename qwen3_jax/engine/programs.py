@@ -158,20 +158,24 @@ class Programs:
         """Run the last token of every active row; returns cache and tables (donated), and logits [B, V].
 
         Args:
-            count: int32, one, which the compiler must not know: in a loop as in `decode` it makes the same code of the
-                network. As a step by itself some results differed from there in their last bit.
+            count: int32, one, which the compiler must not know. The same code of the network as in `decode`, to the
+                last bit, takes the same surroundings: a loop of unknown length in which each round depends on the one
+                before. As a step by itself, or with a part moved in front of the loop, sums were taken in other orders.
         """
         model = nnx.merge(self.steps.graphdef, params)
         tables = grown(tables, growth)
         state = replace(state, done=state.done | ~active)
 
-        def step(carry: tuple[jax.Array, Cache, jax.Array]) -> tuple[jax.Array, Cache, jax.Array]:
-            i, cache, _ = carry
+        def step(carry: tuple[jax.Array, Cache, State, jax.Array]) -> tuple[jax.Array, Cache, State, jax.Array]:
+            i, cache, state, _ = carry
             hidden, cache = advance(model, cache, state, tables)
-            return i + 1, cache, model.logits(hidden)[:, 0]
+            logits = model.logits(hidden)[:, 0]
+            next = jnp.where(jnp.isnan(logits[:, 0]), 0, state.token)
+            return i + 1, cache, replace(state, token=next, position=state.position + 1), logits
 
         logits = jnp.zeros((state.token.shape[0], self.steps.config.vocab_size), jnp.float32)
-        _, cache, logits = lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), cache, logits))
+        carry = (jnp.int32(0), cache, state, logits)
+        _, cache, _, logits = lax.while_loop(lambda carry: carry[0] < count, step, carry)
         return cache, tables, logits
 
     def draw(
