@@ -166,11 +166,11 @@ def put_random_rows(device: Device, seed: int) -> None:
     tables = np.full((B, device.columns), device.pages, np.int32)
     tables[:, :each] = np.arange(B * each).reshape(B, each)
     state = State(
-        token=rng.integers(20, 2000, B, np.int32),
-        position=rng.integers(1, each * device.options.page_tokens - 1, B, np.int32),
-        index=np.full(B, 3, np.int32),
-        stage=np.full(B, len(device.steps.stop_text) + 1, np.int32),
-        done=np.zeros(B, np.bool_),
+        token=jnp.array(rng.integers(20, 2000, B, np.int32)),
+        position=jnp.array(rng.integers(1, each * device.options.page_tokens - 1, B, np.int32)),
+        index=jnp.full(B, 3, jnp.int32),
+        stage=jnp.full(B, len(device.steps.stop_text) + 1, jnp.int32),
+        done=jnp.zeros(B, jnp.bool_),
         history={},
     )
     rows = jax.tree.unflatten(device._trees["rows"], held["rows"]) | {"limit": np.full(B, 99, np.int32)}

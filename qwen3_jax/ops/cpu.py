@@ -29,12 +29,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen3_jax import ops
 from qwen3_jax.ops import LayerCache, Ops, bits, plain
 
 _QUERY_BLOCK = 256
 _QUERY_GROUPS = 8
 _SLOT_BLOCK = 512
 _WIDENED = 2**20  # numbers that decoding widens to float32 at a time: of keys, of values, of a large matrix
+_TOP_BLOCK = 64
 _MASKED = -1e30  # finite, so that a row without any allowed key gives numbers, not NaN
 
 
@@ -55,6 +57,30 @@ def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Look tokens up in table [V, D], tied to the tokens: a widened table must not be hoisted out of a decode loop."""
     table, tokens = lax.optimization_barrier((table, tokens))
     return table[tokens]
+
+
+def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Find the k largest of x [B, V] among those of the k blocks with the largest numbers; see `Ops.top`.
+
+    XLA's kernel goes through a row on one core, and selects where this takes a maximum (V 151936, k 20, 64 rows: 22
+    against 4 ms). Blocks stay in order, so that of equal numbers the first is still found first: whatever comes before
+    one of the k largest fills no k blocks.
+    """
+    B, V = x.shape
+    blocks, rest = divmod(V, _TOP_BLOCK)
+    if blocks <= 2 * k:
+        return ops.top(x, k)
+    whole = x[:, : V - rest].reshape(B, blocks, _TOP_BLOCK)
+    highest = lax.optimization_barrier(jnp.max(whole, axis=2))
+    chosen = jnp.sort(ops.top(highest, k)[1], axis=1)
+    some = jnp.take_along_axis(whole, chosen[:, :, None], axis=1, mode="promise_in_bounds").reshape(B, -1)
+    ids = (chosen[:, :, None] * _TOP_BLOCK + jnp.arange(_TOP_BLOCK, dtype=jnp.int32)).reshape(B, -1)
+    if rest:
+        some = jnp.concatenate([some, x[:, V - rest :]], axis=1)
+        last = jnp.broadcast_to(jnp.arange(V - rest, V, dtype=jnp.int32), (B, rest))
+        ids = jnp.concatenate([ids, last], axis=1)
+    values, at = ops.top(lax.optimization_barrier(some), k)
+    return values, jnp.take_along_axis(ids, at, axis=1, mode="promise_in_bounds")
 
 
 def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -428,4 +454,5 @@ CPU = Ops(
     moe,
     {"k": "batch head_dim slots", "v": "batch head_dim slots"},
     embed=embed,
+    top=top,
 )
