@@ -18,7 +18,7 @@ Axis letters: B batch, V vocabulary, K candidates.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
 
-from qwen3_jax.ops import top
+from qwen3_jax.ops import Ops
+from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sampling_params import LOGPROBS, SamplingError, SamplingParams
 
 BOUND = 64  # candidates of the "bounded" program; the released models use top_k 20
@@ -35,7 +36,6 @@ GREEDY_BELOW = 1e-5  # a temperature below this is greedy: dividing by it would 
 
 Rows = dict[str, Any]
 History = dict[str, jax.Array]
-Top = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def remember(history: History, token: jax.Array, active: jax.Array) -> History:
 
 
 def sample(
-    sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, history: History, *, top: Top = top
+    sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, history: History, *, ops: Ops = XLA
 ) -> jax.Array:
     """Draw one token per row.
 
@@ -141,7 +141,7 @@ def sample(
         rows: `Sampler.rows`; with "allowed" [B, ceil(V/32)] uint32 only ids whose bit is set are drawn.
         index: [B] int32, how many tokens each row has generated before this one.
         history: `Sampler.history`, kept up by `remember`.
-        top: finds the largest logits; `Ops.top` where they are split over devices.
+        ops: how the largest logits are found.
 
     Returns:
         token [B] int32; -1 where the logits are not finite, so that a broken row is an error and not a text.
@@ -150,7 +150,7 @@ def sample(
     random = rows["temperature"] >= GREEDY_BELOW
 
     def drawn(x: jax.Array, best: jax.Array) -> jax.Array:
-        ids, scores = _support(sampler, x, best, rows, top)
+        ids, scores = _support(sampler, x, best, rows, ops)
         noise = _gumbel(rows["key"], index, ids)
         scores = jnp.where(random[:, None], scores + noise, scores)
         choice = _first(scores, jnp.max(scores, axis=-1, keepdims=True))
@@ -172,17 +172,18 @@ def distribution(
     x, best = _edited(sampler, logits, rows, index, history)
     if sampler.draw == "greedy":
         return _first(x, best)[:, None], jnp.ones_like(best)
-    ids, scores = _support(sampler, x, best, rows, top)
+    ids, scores = _support(sampler, x, best, rows, XLA)
     return ids, jax.nn.softmax(scores, axis=-1)
 
 
-def logprobs(sampler: Sampler, logits: jax.Array, token: jax.Array, *, top: Top = top) -> dict[str, jax.Array]:
+def logprobs(sampler: Sampler, logits: jax.Array, token: jax.Array, *, ops: Ops = XLA) -> dict[str, jax.Array]:
     """Return log-probabilities under the model itself: no temperature, no penalty, no mask in the normaliser.
 
     Args:
         sampler: says how much is wanted.
         logits: [B, V] float32.
         token: [B] int32, the tokens that were emitted.
+        ops: how logits are found.
 
     Returns:
         Nothing, or `logprob` [B], or also `top_ids` and `top_logprobs` [B, LOGPROBS], best first, from the tokenizer's
@@ -191,13 +192,9 @@ def logprobs(sampler: Sampler, logits: jax.Array, token: jax.Array, *, top: Top 
     if sampler.logprobs is None:
         return {}
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # The largest of one and not a gather: on a mesh every device says what it holds of the vocabulary.
-    here = jnp.arange(logits.shape[-1]) == jnp.maximum(token, 0)[:, None]
-    own = jnp.max(jnp.where(here, logits, -jnp.inf), axis=-1, keepdims=True)
-    out = {"logprob": (own - total)[:, 0]}
+    out = {"logprob": (ops.pick(logits, jnp.maximum(token, 0)) - total)[:, 0]}
     if sampler.logprobs:
-        known = jnp.where(jnp.arange(logits.shape[-1]) < sampler.tokens, logits, -jnp.inf)
-        values, ids = top(known, min(LOGPROBS, known.shape[-1]))
+        values, ids = ops.top(logits, min(LOGPROBS, logits.shape[-1]), sampler.tokens)
         out |= {"top_ids": ids, "top_logprobs": values - total}
     return out
 
@@ -222,13 +219,13 @@ def _bits(words: jax.Array, count: int) -> jax.Array:
     return bits.reshape(words.shape[0], -1)[:, :count] == 1
 
 
-def _support(sampler: Sampler, x: jax.Array, best: jax.Array, rows: Rows, top: Top) -> tuple[jax.Array, jax.Array]:
+def _support(sampler: Sampler, x: jax.Array, best: jax.Array, rows: Rows, ops: Ops) -> tuple[jax.Array, jax.Array]:
     """Return candidate ids [B, K] and their tempered logits [B, K], -inf where top_k, top_p or min_p drop them."""
     random = (rows["temperature"] >= GREEDY_BELOW)[:, None]
     temperature = jnp.where(random, rows["temperature"][:, None], 1.0)
     x, peak = x / temperature, best / temperature
     if sampler.draw == "bounded":
-        x, ids = top(x, min(BOUND, x.shape[-1]))
+        x, ids = ops.top(x, min(BOUND, x.shape[-1]))
         keep = _keep_sorted(x, rows)
     else:
         ids = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape)

@@ -180,7 +180,7 @@ class Steps:
         self, sampler: Sampler, logits: jax.Array, state: State, rows: Rows, known: jax.Array | None = None
     ) -> tuple[State, Emitted]:
         """Turn logits [B, V] into each row's next token, unless `known` [B] holds one; advance its state."""
-        token = sampling.sample(sampler, logits, rows, state.index, state.history, top=self.ops.top)
+        token = sampling.sample(sampler, logits, rows, state.index, state.history, ops=self.ops)
         broken = token < 0
         if known is not None:
             token = jnp.where((known >= 0) & ~broken, known, token)
@@ -195,7 +195,7 @@ class Steps:
         stage = jnp.where(forced, stage + 1, jnp.where(closes, answering, stage))
         active = ~state.done
         emitted = {"token": jnp.where(active, jnp.where(broken, BROKEN, token), IDLE)}
-        emitted |= sampling.logprobs(sampler, logits, token, top=self.ops.top)
+        emitted |= sampling.logprobs(sampler, logits, token, ops=self.ops)
         one = active.astype(jnp.int32)
         index = state.index + one
         state = State(

@@ -8,6 +8,7 @@ import re
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwen3_jax import model as models
@@ -473,8 +474,14 @@ def test_the_largest_of_a_split_vocabulary(k):
     """The same ids as on one device, the first of equals first."""
     mesh = sharding.make_mesh(data=2, model=4)
     split = on_mesh(plain.XLA, mesh, sharding.RULES["serve"])
-    logits = jnp.round(4 * jax.random.normal(jax.random.key(k), (4, 128)))  # many are equal
+    logits = jnp.round(4 * jax.random.normal(jax.random.key(k), (4, 128))) + 0.0  # many are equal, and none -0.0
     chex.assert_trees_all_equal(jax.jit(split.top, static_argnums=1)(logits, k), plain.XLA.top(logits, k))
+    values, ids = jax.jit(split.top, static_argnums=(1, 2))(logits, k, 100)
+    order = np.argsort(-np.asarray(logits[:, :100] + 0.0), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_array_equal(values, np.take_along_axis(np.asarray(logits), order, axis=1))
+    some = jnp.array([0, 31, 32, 127])
+    np.testing.assert_array_equal(jax.jit(split.pick)(logits, some)[:, 0], np.asarray(logits)[range(4), some])
 
 
 # Showing

@@ -67,7 +67,7 @@ class Programs:
         parts = []
         for at in range(0, hidden.shape[0], SCORED):
             logits = model.logits(hidden[None, at : at + SCORED])[0]
-            parts.append(sampling.logprobs(sampler, logits, targets[at : at + SCORED]))
+            parts.append(sampling.logprobs(sampler, logits, targets[at : at + SCORED], ops=self.steps.ops))
         return jax.tree.map(lambda *part: jnp.concatenate(part), *parts)
 
     def join(

@@ -13,12 +13,28 @@ import jax.numpy as jnp
 LayerCache = dict[str, jax.Array]
 
 
-def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Return the k largest of x [B, V], descending, the first of equals first, and their indices [B, k] int32."""
+def top(x: jax.Array, k: int, count: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """Return the k largest of x [B, V], descending, the first of equals first, and their indices [B, k] int32.
+
+    What comes after the first `count` of a row counts as -inf.
+    """
+    x = first_of(x, count)
     # The barrier keeps XLA from fusing later slices into it, after which it would sort the vocabulary: 60 times slower.
     # One barrier each: XLA passes the pair on as a whole otherwise, and fails to compile it on a mesh (jaxlib 0.10.2).
     values, ids = jax.lax.top_k(x, k)
     return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(ids)
+
+
+def first_of(x: jax.Array, count: int | None) -> jax.Array:
+    """Return x [B, V] with -inf behind the first `count` of a row; None keeps all."""
+    if count is None or count >= x.shape[-1]:
+        return x
+    return jnp.where(jnp.arange(x.shape[-1]) < count, x, -jnp.inf)
+
+
+def pick(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return x [B, V] at ids [B], as [B, 1]."""
+    return jnp.take_along_axis(x, ids[:, None], axis=-1, mode="promise_in_bounds")
 
 
 class Blocks(NamedTuple):
@@ -97,8 +113,12 @@ class Ops(NamedTuple):
     embed: Callable[[jax.Array, jax.Array], jax.Array] = lambda table, tokens: table[tokens]
     """(table [V,D], tokens [B,T]) -> [B,T,D]: look tokens up."""
 
-    top: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]] = top
-    """(logits [B,V], k) -> the k largest and their ids; on a mesh no device sees more than its vocabulary and a few."""
+    top: Callable[..., tuple[jax.Array, jax.Array]] = top
+    """(logits [B,V], k, count=None) -> the k largest, of the first `count` if given, and their ids [B,k]; on a mesh no
+    device sees more than its vocabulary and a few."""
+
+    pick: Callable[[jax.Array, jax.Array], jax.Array] = pick
+    """(logits [B,V], ids [B]) -> [B,1]: the logits of these ids; on a mesh every device looks at its vocabulary."""
 
     blocks: Callable[[int, int], Blocks | None] = lambda batch, length: None
     """(B, T) -> the order in which a whole prompt goes through the layers; None is its own."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen3_jax.ops import Blocks, LayerCache, Ops, moe_parallel, ring
+from qwen3_jax.ops import Blocks, LayerCache, Ops, first_of, moe_parallel, ring
 from qwen3_jax.sharding import Rules, spec
 
 ROW_PARALLEL = ("BTNH,DNH->BTD", "BTF,DF->BTD")
@@ -105,11 +105,12 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         ins = (queries, ops.cache_axes, "batch length")
         return each(lambda *args: ops.attend_cache(*args, scale), q.shape[:2], ins, queries)(q, cache, positions)
 
-    def top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    def top(x: jax.Array, k: int, count: int | None = None) -> tuple[jax.Array, jax.Array]:
         vocab = rules["vocab"]
         rows = () if x.shape[0] % place.ways(rules["head_batch"]) else rules["head_batch"]
         if place.ways(vocab) == 1 or x.shape[1] % place.ways(vocab):
-            return ops.top(x, k)
+            return ops.top(x, k, count)
+        x = first_of(x, count)
 
         def local(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             values, ids = ops.top(x, min(k, x.shape[1]))
@@ -122,10 +123,18 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         spread_out, together = PartitionSpec(rows, vocab), PartitionSpec(rows)
         return jax.shard_map(local, mesh=mesh, in_specs=spread_out, out_specs=(together, together), check_vma=False)(x)
 
+    def pick(x: jax.Array, ids: jax.Array) -> jax.Array:
+        if place.ways(rules["vocab"]) == 1:
+            return ops.pick(x, ids)
+        # The largest of one and not a gather: every device says what it holds of the vocabulary.
+        return jnp.max(jnp.where(jnp.arange(x.shape[1]) == ids[:, None], x, -jnp.inf), axis=1, keepdims=True)
+
     # Linear layers of a prefill: see `ring`. One axis splits the stream and not the length: the one of the heads.
     around = tuple(axis for axis in rules["stream"] if axis not in rules["length"] and mesh.shape[axis] > 1)
     if not around:
-        return ops._replace(attend=attend, update_cache=update_cache, attend_cache=attend_cache, moe=moe, top=top)
+        return ops._replace(
+            attend=attend, update_cache=update_cache, attend_cache=attend_cache, moe=moe, top=top, pick=pick
+        )
     (axis,) = around
     stream = PartitionSpec(rules["batch"], rules["stream"])
     columns = PartitionSpec(rules["batch"], rules["length"] or None, axis)
@@ -240,4 +249,5 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         attend_cache=attend_cache,
         moe=moe,
         top=top,
+        pick=pick,
     )
