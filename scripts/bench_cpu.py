@@ -54,12 +54,12 @@ MOE = {  # 2 GB in bfloat16
 
 
 def shapes(model: str) -> dict[str, Any]:
-    """Return the config.json of a benchmarked model: Qwen3-0.6B, or Qwen3-30B-A3B scaled down."""
+    """Return the config.json of "dense", Qwen3-0.6B, of "moe", Qwen3-30B-A3B scaled down, or of a released model."""
     from qwen3_jax.config import Qwen3Config
 
-    if model == "dense":
-        return Qwen3Config.from_name("Qwen3-0.6B").to_dict()
-    return Qwen3Config.from_name("Qwen3-30B-A3B").to_dict() | MOE
+    if model == "moe":
+        return Qwen3Config.from_name("Qwen3-30B-A3B").to_dict() | MOE
+    return Qwen3Config.from_name("Qwen3-0.6B" if model == "dense" else model).to_dict()
 
 
 def prompt(batch: int, tokens: int) -> Any:

@@ -582,9 +582,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and shorter requests")
     parser.add_argument("--only", type=lambda text: text.split(","), default=PARTS, help=",".join(PARTS))
     parser.add_argument("--http", action="store_true", help="our side over HTTP (host and logprobs: always in process)")
+    parser.add_argument("--model", default="dense", help="Qwen3-0.6B by default, or the name of another released model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--chunk-tokens", type=int, default=64, help="prompt tokens per prefill call of our engines")
-    parser.add_argument("--folder", help="keep the random weights here and use them again; 1.5 or 3 GB")
+    parser.add_argument("--folder", help="keep the random weights here and use them again; 0.6B: 1.5 or 3 GB")
     parser.add_argument("--out", default="bench_serve.json")
     args = parser.parse_args()
     if unknown := set(args.only) - set(PARTS):
@@ -592,9 +593,9 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     place = Path(args.folder or tempfile.mkdtemp(prefix="bench_serve_"))
     try:
-        folder = place / f"dense-{args.dtype}"
+        folder = place / f"{args.model}-{args.dtype}"
         if not folder.exists():
-            write_folder(folder, "dense", args.dtype)
+            write_folder(folder, args.model, args.dtype)
         speak(folder)
         bench = Bench(args, folder)
         bench.run()
