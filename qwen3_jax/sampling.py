@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
 
-from qwen3_jax.ops import Ops
+from qwen3_jax.ops import Ops, first_of
 from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sampling_params import LOGPROBS, SamplingError, SamplingParams
 
@@ -203,9 +203,7 @@ def _edited(
     sampler: Sampler, logits: jax.Array, rows: Rows, index: jax.Array, history: History
 ) -> tuple[jax.Array, jax.Array]:
     """Return the logits [B, V] that the temperature applies to, and their maximum [B, 1], NaN if any is."""
-    x = logits
-    if sampler.tokens < x.shape[-1]:
-        x = jnp.where(jnp.arange(x.shape[-1]) < sampler.tokens, x, -jnp.inf)
+    x = first_of(logits, sampler.tokens)
     if "allowed" in rows:
         x = jnp.where(_bits(rows["allowed"], x.shape[-1]), x, -jnp.inf)
     if sampler.edits:
