@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench_cpu import THREADS, Process, note, write_folder
+from bench_cpu import THREADS, Process, note, shapes, write_folder
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "qwen3_jax" / "demo"
@@ -591,6 +591,10 @@ def main() -> None:
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only {','.join(sorted(unknown))}: one or more of {','.join(PARTS)}")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    try:
+        shapes(args.model)
+    except ValueError as error:
+        parser.error(f"--model {error}")
     place = Path(args.folder or tempfile.mkdtemp(prefix="bench_serve_"))
     try:
         folder = place / f"{args.model}-{args.dtype}"
