@@ -6,10 +6,11 @@
 
 prompt text or messages → ids → `Batch` (the jitted steps, several tokens per call) → ids → text, told apart into
 reasoning and answer and cut at stop strings → `Event`s as they arrive, or one `Completion` per prompt. While the host
-turns one call's ids into text, the device runs the next call.
+turns one call's ids into text, the device runs the next call (on a CPU, which is both, they take turns).
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,31 +272,31 @@ class Generator:
         rows = [Reply(self.tokenizer, self._tags, b, request) for b, request in enumerate(batch.requests)]
         yield from _advance(rows, emitted, clock)
         count = CALL if interval_s is None else 1
-        under_way: tuple[float, int, dict[str, Any]] | None = None
+        under_way: deque[tuple[float, int, dict[str, Any]]] = deque()  # calls: when they began, tokens asked for, out
+        most = 0 if runner.waits else 1  # calls under way while the host is at the text of another
+        free = 0.0  # when the device was done with the last call that was read
         while True:
             for row in rows:
                 batch.halted[row.number] = row.completion is not None
-            following = None
             if not batch.exhausted:
-                before = runner.compile_s
+                before, asked_at = runner.compile_s, time.perf_counter()
                 out = batch.decode(count)
-                clock = replace(clock, compile_s=clock.compile_s + runner.compile_s - before)
-                following = (time.perf_counter(), count, out)
-            if under_way is not None:
-                started, asked, out = under_way
-                emitted = batch.read(out)
-                spent = time.perf_counter() - started
-                clock = replace(clock, decode_s=clock.decode_s + spent)
-                if interval_s is not None:
-                    steps = max(1, int(np.sum(np.any(emitted["token"] >= 0, axis=1))))
-                    # At most twice as many as before: the first, short calls time the overhead, not the tokens.
-                    count = min(CALL, 2 * asked, max(1, round(interval_s * steps / spent)))
-                if following is not None:
-                    following = (max(following[0], time.perf_counter()), *following[1:])
-                yield from _advance(rows, emitted, clock)
-            if following is None:
+                compiled = runner.compile_s - before
+                clock = replace(clock, compile_s=clock.compile_s + compiled)
+                under_way.append((asked_at + compiled, count, out))
+                if len(under_way) <= most:
+                    continue
+            if not under_way:
                 return
-            under_way = following
+            started, asked, out = under_way.popleft()
+            emitted = batch.read(out)
+            started, free = max(started, free), time.perf_counter()
+            clock = replace(clock, decode_s=clock.decode_s + free - started)
+            if interval_s is not None:
+                steps = max(1, int(np.sum(np.any(emitted["token"] >= 0, axis=1))))
+                # At most twice as many as before: the first, short calls time the overhead, not the tokens.
+                count = min(CALL, 2 * asked, max(1, round(interval_s * steps / (free - started))))
+            yield from _advance(rows, emitted, clock)
 
 
 def _advance(rows: Sequence[Reply], emitted: Mapping[str, np.ndarray], clock: Timings) -> Iterator[Event]:

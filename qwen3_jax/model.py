@@ -277,15 +277,14 @@ class Qwen3(nnx.Module):
             blocks = self.ops.blocks(*tokens.shape)
             if blocks is not None:
                 tokens, positions = blocks.arrange(tokens), blocks.arrange(positions)
-        if tokens is not None and inputs_embeds is None:
-            x = self.ops.embed(self.embed_tokens[...], tokens)
-        elif inputs_embeds is not None and tokens is None:
-            x = inputs_embeds
-        else:
-            raise ValueError(f"give either tokens or inputs_embeds: got {'neither' if tokens is None else 'both'}")
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids with a cache: packed rows have no cache, give each sequence a row of its own")
-        x = self.ops.constrain(x.astype(self.dtype), "batch stream hidden")
+        if tokens is not None and inputs_embeds is None:
+            x = self.embedded(tokens)
+        elif inputs_embeds is not None and tokens is None:
+            x = self._stream(inputs_embeds)
+        else:
+            raise ValueError(f"give either tokens or inputs_embeds: got {'neither' if tokens is None else 'both'}")
         taps("embed_tokens", x)
         shared = Pass.of(self.config, positions, segment_ids, fresh=fresh, blocks=blocks)
         layer_caches = []
@@ -293,14 +292,26 @@ class Qwen3(nnx.Module):
             layer_cache = None if cache is None else cache[i]
             x, layer_cache = layer(x, shared, layer_cache, taps, f"layers.{i}")
             layer_caches.append(layer_cache)
-        if only is not None:
-            place = only if blocks is None else blocks.place(only, x.shape[1])
-            x, blocks = jnp.take_along_axis(x, place[:, None, None], axis=1), None
-        x = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
-        if blocks is not None:
+        if only is not None and blocks is not None:
+            only = blocks.place(only, x.shape[1])
+        x = self.normed(x, only)
+        if only is None and blocks is not None:
             x = blocks.in_order(self.ops.constrain(x, "batch slots hidden"))
         taps("norm", x)
         return x, None if cache is None else layer_caches
+
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """Look tokens [B, T] up: the residual stream [B, T, D] in front of the first layer."""
+        return self._stream(self.ops.embed(self.embed_tokens[...], tokens))
+
+    def normed(self, x: jax.Array, only: jax.Array | None = None) -> jax.Array:
+        """Apply the final norm to the residual stream [B, T, D], or to one place [B] of each row: [B, 1, D]."""
+        if only is not None:
+            x = jnp.take_along_axis(x, only[:, None, None], axis=1)
+        return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+
+    def _stream(self, x: jax.Array) -> jax.Array:
+        return self.ops.constrain(x.astype(self.dtype), "batch stream hidden")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Map hidden [B, T, D] to vocabulary logits [B, T, V] in float32; give it only the positions you need."""

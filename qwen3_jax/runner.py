@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen3_jax import distributed
 from qwen3_jax import ops as ops_
 from qwen3_jax.config import Qwen3Config
+from qwen3_jax.layerwise import Layerwise
 from qwen3_jax.model import Params, declare
 from qwen3_jax.ops import Ops
 from qwen3_jax.request import Request
@@ -33,6 +34,7 @@ from qwen3_jax.steps import CALL, Steps
 
 PROMPT_TOKENS = 16  # smallest buckets
 CACHE_SLOTS = 128
+LARGE = 2**22  # parameters of a layer: reading them takes a CPU many times as long as a call from the host
 HEADROOM = 256  # generated tokens that a new cache has room for; it grows when they are used up
 
 
@@ -58,6 +60,7 @@ class Runner:
         prefill_tokens: int = 2048,
         mesh: Mesh | None = None,
         rules: Rules | None = None,
+        layerwise: bool | None = None,
     ):
         """Take a model.
 
@@ -71,6 +74,8 @@ class Runner:
             prefill_tokens: a power of two, the most prompt tokens per call.
             mesh: where `params` lie, if they are spread; `ops` is then of `ops.mesh.on_mesh`.
             rules: the table of `sharding.RULES` they were spread by.
+            layerwise: run the network layer by layer, see `layerwise`; None does where it costs nothing: on a CPU,
+                with layers of `LARGE` parameters or more.
         """
         ops = ops_.for_platform(jax.default_backend()) if ops is None else ops
         graphdef, _ = declare(config, dtype=dtype, ops=ops)
@@ -83,7 +88,15 @@ class Runner:
         self.programs: dict[tuple[Any, ...], Any] = {}
         self.compile_s = 0.0
         self.everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        if layerwise is None:
+            layerwise = mesh is None and jax.default_backend() == "cpu" and _layer_size(params) >= LARGE
+        self.layerwise = Layerwise(self.steps, self._run) if layerwise else None
         self.row_parts = 1 if mesh is None or rules is None else math.prod(mesh.shape[axis] for axis in rules["batch"])
+
+    @property
+    def waits(self) -> bool:
+        """Whether a call to decode returns when its tokens are there, rather than when it is dispatched."""
+        return self.layerwise is not None
 
     def capacity(self, tokens: int) -> int:
         """Return the bucket of cache slots for this many positions: a power of two, or one and a half of one.
@@ -95,12 +108,18 @@ class Runner:
         return min(_whole(bucket, CACHE_SLOTS), _whole(self.context, CACHE_SLOTS))
 
     def call(self, name: str, args: tuple[Any, ...], *, key: tuple[Any, ...], donate: tuple[int, ...] = (), **static):
-        """Run a step, compiling it if `key` is new."""
-        key = (name, *key, *static.values())
+        """Run a step, compiling what is new."""
+        if self.layerwise is not None and hasattr(self.layerwise, name):
+            return getattr(self.layerwise, name)(*args, key=key, **static)
+        function = functools.partial(getattr(self.steps, name), **static)
+        return self._run((name, *key, *static.values()), function, args, donate=donate)
+
+    def _run(self, key: tuple[Any, ...], function: Any, args: tuple[Any, ...], donate: tuple[int, ...] = ()) -> Any:
+        """Run a function, compiling it if `key` is new."""
         program = self.programs.get(key)
         if program is None:
             began = time.perf_counter()
-            program = jax.jit(functools.partial(getattr(self.steps, name), **static), donate_argnums=donate)
+            program = jax.jit(function, donate_argnums=donate)
             if self.everywhere is None:
                 program = program.lower(*args).compile()
             # On a mesh the compiler chooses where a step's results lie, and the next step takes them from there.
@@ -110,7 +129,7 @@ class Runner:
 
 
 class Batch:
-    """A batch under way. Construction dispatches the prefill; nothing here waits for the device except `read`."""
+    """A batch under way. Construction dispatches the prefill; only `read` waits for the device, and see `waits`."""
 
     def __init__(self, runner: Runner, requests: Sequence[Request]):
         self.runner = runner
@@ -162,7 +181,8 @@ class Batch:
 
     def wait(self) -> None:
         """Wait until the device has nothing of this batch left to do."""
-        jax.block_until_ready((self._state, self._cache))
+        arrays = jax.tree.leaves((self._state, self._cache))
+        jax.block_until_ready([array for array in arrays if not array.is_deleted()])  # a call may have been interrupted
 
     def _lay_out(self) -> dict[str, np.ndarray]:
         requests, steps = self.requests, self.runner.steps
@@ -215,6 +235,11 @@ class Batch:
         )
         args = (runner.params, last, self.lengths, self._rows, jax.device_put(history, runner.everywhere))
         self._state, self.first = runner.call("first", args, key=(size, self._width), donate=(4,), sampler=self.sampler)
+
+
+def _layer_size(params: Params) -> int:
+    """Return how many parameters the first layer has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params["layers"][0]))
 
 
 def _bucket(n: int, least: int) -> int:

@@ -93,11 +93,10 @@ class Steps:
 
     def _prefill(self, params, cache, last, tokens, lengths, at, *, fresh: bool):
         model = nnx.merge(self.graphdef, params)
-        batch, T = tokens.shape
-        positions = jnp.broadcast_to(at + jnp.arange(T, dtype=jnp.int32), (batch, T))
-        offset = lengths - 1 - at
-        hidden, cache = model(tokens, positions=positions, cache=cache, fresh=fresh, only=jnp.clip(offset, 0, T - 1))
-        return cache, jnp.where(((offset >= 0) & (offset < T))[:, None], hidden[:, 0], last)
+        positions = jnp.broadcast_to(at + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        only, here = offset_of(lengths, at, tokens.shape[1])
+        hidden, cache = model(tokens, positions=positions, cache=cache, fresh=fresh, only=only)
+        return cache, jnp.where(here[:, None], hidden[:, 0], last)
 
     def first(
         self,
@@ -163,13 +162,17 @@ class Steps:
             out = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0), out, emitted)
             return i + 1, cache, state, out
 
+        out = self.nothing(sampler, state, rows, most)
+        _, cache, state, out = jax.lax.while_loop(more, step, (jnp.int32(0), cache, state, out))
+        return cache, state, out
+
+    def nothing(self, sampler: Sampler, state: State, rows: Rows, most: int) -> Emitted:
+        """Make the output buffers of a call, for at most so many tokens per row."""
         batch = state.token.shape[0]
         logits = jax.ShapeDtypeStruct((batch, self.config.vocab_size), jnp.float32)
         _, shapes = jax.eval_shape(lambda x, s: self.emit(sampler, x, s, rows), logits, state)
         out = jax.tree.map(lambda s: jnp.zeros((most, *s.shape), s.dtype), shapes)
-        out["token"] = jnp.full((most, batch), IDLE, jnp.int32)
-        _, cache, state, out = jax.lax.while_loop(more, step, (jnp.int32(0), cache, state, out))
-        return cache, state, out
+        return {**out, "token": jnp.full((most, batch), IDLE, jnp.int32)}
 
     def grow(self, cache: Cache, batch: int, capacity: int) -> Cache:
         """Copy a cache into an empty one of more slots, whatever the layout of its arrays."""
@@ -207,6 +210,12 @@ class Steps:
             history=sampling.remember(state.history, jnp.maximum(token, 0), active),
         )
         return state, emitted
+
+
+def offset_of(lengths: jax.Array, at: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Return where among `count` tokens from `at` the prompts' last ones are [B], and whether they are there [B]."""
+    offset = lengths - 1 - at
+    return jnp.clip(offset, 0, count - 1), (offset >= 0) & (offset < count)
 
 
 def advance(model: Any, cache: Cache, state: State, table: jax.Array | None) -> tuple[jax.Array, Cache]:

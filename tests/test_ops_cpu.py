@@ -75,7 +75,9 @@ def test_einsum_casts_parameters_to_the_compute_dtype(x_dtype):
 
 @pytest.mark.parametrize("out", [2048, 2100, 2053])  # in two pieces each; a prime has none
 @pytest.mark.parametrize("x_dtype", DTYPES)
-def test_one_row_and_a_large_matrix(x_dtype, out):
+@pytest.mark.parametrize("near", [True, False])
+def test_one_row_and_a_large_matrix(near, x_dtype, out, monkeypatch):
+    monkeypatch.setattr(cpu, "_caches_are_near", lambda: near)
     x, w = draw(0, 1, 1, 1024, dtype=x_dtype), draw(1, out, 1024, dtype=jnp.bfloat16)
     logits = jax.jit(functools.partial(cpu.einsum, "BTD,VD->BTV", out_dtype=jnp.float32))(x, w)
     check(logits, np.einsum("BTD,VD->BTV", wide(x), wide(w)), jnp.float32)

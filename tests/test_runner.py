@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers.generation.logits_process import LogitsProcessorList, Repetiti
 
 from qwen3_jax import runner as runner_
 from qwen3_jax.checkpoint import load
+from qwen3_jax.config import Qwen3Config
+from qwen3_jax.model import declare
 from qwen3_jax.ops import plain
 from qwen3_jax.request import Request
 from qwen3_jax.runner import Batch, Runner
@@ -23,19 +26,41 @@ RAGGED = (5, 17, 3)
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
+def whole(tmp_path_factory):
     return make(tmp_path_factory.mktemp("dense"))
 
 
-@pytest.fixture(scope="module")
-def moe(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("moe"), moe=True)
+@pytest.fixture(scope="module", params=["whole", "layerwise"])
+def dense(whole, request):
+    runner, hf = whole
+    return (runner, hf) if request.param == "whole" else (again(runner, layerwise=True), hf)
+
+
+@pytest.fixture(scope="module", params=["whole", "layerwise"])
+def mixed(tmp_path_factory, request):
+    """Every other layer of experts."""
+    folder = tmp_path_factory.mktemp("mixed")
+    runner, hf = make(folder, moe=True, num_hidden_layers=4, decoder_sparse_step=2)
+    return (runner, hf) if request.param == "whole" else (again(runner, layerwise=True), hf)
 
 
 def make(folder, **options):
-    folder, hf = tiny.save(folder, num_hidden_layers=2, **options)
+    folder, hf = tiny.save(folder, **{"num_hidden_layers": 2, **options})
     config, params = load(folder, dtype="float32", progress=False)
-    return Runner(config, params, stop_text=STOP_TEXT, think_end=THINK_END, ops=plain.XLA), hf
+    return Runner(config, params, stop_text=STOP_TEXT, think_end=THINK_END, ops=plain.XLA, layerwise=False), hf
+
+
+def again(runner, params=None, *, layerwise=None, stop_text=STOP_TEXT, think_end=THINK_END, prefill_tokens=2048):
+    """A runner of the same model, by the same way if none is given."""
+    return Runner(
+        runner.config,
+        runner.params if params is None else params,
+        ops=runner.steps.ops,
+        layerwise=runner.layerwise is not None if layerwise is None else layerwise,
+        stop_text=stop_text,
+        think_end=think_end,
+        prefill_tokens=prefill_tokens,
+    )
 
 
 def prompts(*lengths, seed=0):
@@ -68,9 +93,15 @@ def generate(hf, prompt, **options):
     return hf.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_greedy_tokens_and_logprobs_equal_transformers(kind, dense, moe):
-    runner, hf = {"dense": dense, "moe": moe}[kind]
+def test_greedy_tokens_and_logprobs_equal_transformers(dense):
+    check_against_transformers(*dense)
+
+
+def test_experts_between_dense_layers_equal_transformers(mixed):
+    check_against_transformers(*mixed)
+
+
+def check_against_transformers(runner, hf):
     rows = prompts(*RAGGED)
     asked = GREEDY.replace(logprobs=3)
     ours, emitted = run(runner, [request(p, asked) for p in rows], counts=(5, 32))
@@ -97,9 +128,9 @@ def test_the_number_of_tokens_per_call_changes_nothing(dense):
         assert run(runner, rows, counts=counts)[0] == expected
 
 
-def test_batch_composition_changes_no_row(dense):
+def test_batch_composition_changes_no_row(whole):
     """Alone, in another order, with another length bucket and beside rows that want another program."""
-    runner, _ = dense
+    runner, _ = whole
     params = SamplingParams(temperature=0.8, top_k=20, top_p=0.95)
     rows = [request(p, params, seed=s) for s, p in enumerate(prompts(*RAGGED))]
     together, _ = run(runner, rows)
@@ -111,8 +142,8 @@ def test_batch_composition_changes_no_row(dense):
     assert run(runner, rows[1:2])[0] == together[1:2]
 
 
-def test_penalties_equal_transformers(dense):
-    runner, hf = dense
+def test_penalties_equal_transformers(whole):
+    runner, hf = whole
     penalised = GREEDY.replace(repetition_penalty=1.3)
     rows = prompts(*RAGGED)
     ours, _ = run(runner, [request(p, penalised) for p in rows])
@@ -126,11 +157,14 @@ def test_long_prompts_in_parts_and_growing_caches(dense, monkeypatch):
     """A prompt of 45 tokens in parts of 16, then 150 tokens through caches of 128 and 256 slots."""
     runner, hf = dense
     monkeypatch.setattr(runner_, "HEADROOM", 8)
-    parts = Runner(runner.config, runner.params, prefill_tokens=16, ops=runner.steps.ops)
+    parts = again(runner, prefill_tokens=16)
     rows = prompts(45, 9, 16)
     ours, _ = run(parts, [request(p, limit=150) for p in rows])
     kinds = {key[0] for key in parts.programs}
-    assert kinds == {"start", "extend", "first", "decode", "grow"}
+    if runner.waits:
+        assert kinds == {"empty", "in", "fresh", "more", "out", "first", "begin", "step in", "step", "step out", "grow"}
+    else:
+        assert kinds == {"start", "extend", "first", "decode", "grow"}
     for b, prompt in enumerate(rows):
         assert ours[b] == generate(hf, prompt, max_new_tokens=150)
 
@@ -173,12 +207,12 @@ def test_budget_is_exact_to_the_token(dense):
         assert row == expected, budget
 
 
-def test_budget_leaves_closed_thinking_alone(dense):
+def test_budget_leaves_closed_thinking_alone(whole):
     """Closed in time, closed exactly at the budget, ended by a stop id, closed in the prompt: nothing is forced."""
-    runner, hf = dense
+    runner, hf = whole
     prompt = prompts(6)[0]
     free = generate(hf, prompt, eos_token_id=None)
-    closing = Runner(runner.config, runner.params, stop_text=STOP_TEXT, think_end=free[4], ops=runner.steps.ops)
+    closing = again(runner, think_end=free[4])
     at = free.index(free[4]) + 1  # tokens up to the one that closes
     budget = lambda n: GREEDY.replace(thinking_budget=n)  # noqa: E731
     rows = [
@@ -211,7 +245,7 @@ def test_broken_logits_end_their_row_only(dense):
     runner, hf = dense
     params = jax.tree.map(lambda x: x, runner.params)
     params["embed_tokens"] = params["embed_tokens"].at[93].set(np.nan)
-    broken = Runner(runner.config, params, ops=runner.steps.ops)
+    broken = again(runner, params, stop_text=(), think_end=-1)
     good = [i for i in prompts(6)[0] if i != 93]
     ours, emitted = run(broken, [request([4, 93]), request(good, limit=4)])
     assert emitted["token"][0, 0] == -2
@@ -239,13 +273,58 @@ def test_cache_and_state_are_donated(dense):
     """The compiled decode aliases every byte of the cache to its output: no step copies it."""
     runner, _ = dense
     run(runner, [request(p) for p in prompts(*RAGGED)])
-    (key,) = [k for k in runner.programs if k[:3] == ("decode", 4, 128) and k[-1].draw == "greedy" and not k[-1].edits
-              and k[-1].logprobs is None]  # fmt: skip
-    program = runner.programs[key]
     cache_bytes = 2 * 2 * 4 * 128 * 2 * 16 * 4  # k and v, layers, rows, slots, kv heads, head_dim, float32
+    if runner.waits:  # a layer at a time
+        found, cache_bytes = [k for k in runner.programs if k[:3] == ("step", 4, 128)], cache_bytes // 2
+    else:
+        found = [k for k in runner.programs if k[:3] == ("decode", 4, 128) and k[-1].draw == "greedy"
+                 and not k[-1].edits and k[-1].logprobs is None]  # fmt: skip
+    (key,) = found
+    program = runner.programs[key]
     assert program.memory_analysis().alias_size_in_bytes >= cache_bytes
     assert "input_output_alias" in program.as_text()
     batch = Batch(runner, [request(p) for p in prompts(*RAGGED)])
     before = jax.tree.leaves(batch._cache)
     batch.decode(1)
     assert all(leaf.is_deleted() for leaf in before)
+
+
+def test_layers_in_several_dtypes(whole):
+    """A checkpoint may hold them so; layers of a kind then share no program."""
+    runner, _ = whole
+    layers = runner.params["layers"]
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), layers[1])
+    params = {**runner.params, "layers": {**layers, 1: narrow}}
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)  # the same numbers
+    rows = [request(p) for p in prompts(*RAGGED)]
+    parted = again(runner, params, layerwise=True)
+    assert run(parted, rows)[0] == run(again(runner, wide), rows)[0]
+    assert len([key for key in parted.programs if key[0] == "step"]) == 2
+
+
+def test_an_interrupted_call_leaves_nothing_to_wait_for(whole, monkeypatch):
+    """Ctrl-C between two layers, when a part of the cache was given away."""
+    runner = again(whole[0], layerwise=True)
+    batch = Batch(runner, [request(p) for p in prompts(*RAGGED)])
+    calls, go_on = [], runner._run
+
+    def stop(key, *args, **options):
+        calls.append(key[0])
+        if calls.count("step") == 4:
+            raise KeyboardInterrupt
+        return go_on(key, *args, **options)
+
+    object.__setattr__(runner.layerwise, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        batch.decode(8)
+    batch.wait()
+
+
+@pytest.mark.parametrize(("hidden", "layerwise"), [(64, False), (1024, True)])
+def test_large_layers_run_layer_by_layer(hidden, layerwise):
+    config = Qwen3Config.from_dict(
+        Qwen3Config.from_name("Qwen3-0.6B").to_dict()
+        | {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 1}
+    )
+    _, shapes = declare(config, dtype=jnp.float32, ops=plain.XLA)
+    assert Runner(config, shapes).waits == layerwise
