@@ -37,6 +37,7 @@ from qwen3_jax.ops import LayerCache, Ops, bits, plain
 
 _QUERY_BLOCK = 256
 _QUERY_GROUPS = 8
+_SCORES = 2**19  # numbers: scores of one head's block of queries
 _SLOT_BLOCK = 512
 _WIDENED = 2**20  # numbers that decoding widens to float32 at a time: of keys, of values, of a large matrix
 _TOP_BLOCK = 64
@@ -161,57 +162,83 @@ def attend(
 ) -> jax.Array:
     """Attend causally within segments, block of queries by block, skipping the keys above the diagonal.
 
-    The queries fall into at most `_QUERY_GROUPS` groups, each of which reads a static prefix of the keys; a group
-    longer than `_QUERY_BLOCK` is mapped over in blocks, so that scores take [B, N, block, T] and never [B, N, T, T].
+    Large heads go one after the other, so that scores stay in the processor's caches; small ones together.
     """
     if start is not None:  # a part of the queries, on a mesh that splits the length
         return plain.attend(q, k, v, segment_ids, scale, start)
     B, T, N, H = q.shape
     K = k.shape[2]
     G = N // K
+    head = partial(_attend_head, scale=scale)
+    if G * T * min(T, _QUERY_BLOCK) < _SCORES:
+        queries = q.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B * K, T, G, H)
+        keys, values = (a.transpose(0, 2, 1, 3).reshape(B * K, T, H) for a in (k, v))
+        segments = None if segment_ids is None else jnp.repeat(segment_ids, K, axis=0)
+        out = jax.vmap(head)(queries, keys, values, segments)
+    else:
+
+        def one(i: jax.Array) -> jax.Array:
+            row, at = i // K, i % K
+            mine = lax.dynamic_slice(q, (row, 0, at * G, 0), (1, T, G, H))[0]
+            keys, values = (lax.dynamic_slice(a, (row, 0, at, 0), (1, T, 1, H)).reshape(T, H) for a in (k, v))
+            return head(mine, keys, values, None if segment_ids is None else segment_ids[row])
+
+        out = lax.map(one, jnp.arange(B * K))
+    return out.reshape(B, K, T, G, H).transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def _attend_head(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, scale: float) -> jax.Array:
+    """Attend with the query heads q [T, G, H] of one key head k, v [T, H]; segments [T].
+
+    The queries fall into at most `_QUERY_GROUPS` groups, each of which reads a static prefix of the keys; a group
+    longer than `_QUERY_BLOCK` is mapped over in blocks, so that scores take [block, G, T] and never [T, G, T].
+    """
+    T, G, H = q.shape
     group = _QUERY_BLOCK * math.ceil(T / (_QUERY_BLOCK * _QUERY_GROUPS))
     padding = -T % group if group > _QUERY_BLOCK else 0
-    queries = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))).transpose(0, 2, 1, 3).reshape(B * K, G, T + padding, H)
-    keys = k.transpose(0, 2, 1, 3).reshape(B * K, T, H)
-    values = v.transpose(0, 2, 3, 1).reshape(B * K, H, T)
-    segments = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
+    q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
+    own = None if segments is None else jnp.pad(segments, (0, padding), constant_values=-1)
+    values = v.T
 
     def block(first: jax.Array | int, rows: int, seen: int) -> jax.Array:
-        at = first + jnp.arange(rows)
-        allowed = (jnp.arange(seen)[None, :] <= at[:, None])[None]
-        if segments is not None:
-            own = lax.dynamic_slice_in_dim(segments, first, rows, axis=1)
-            allowed = allowed & (own[:, :, None] == segments[:, None, :seen])
-        some = lax.dynamic_slice_in_dim(queries, first, rows, axis=2)
-        scores = _batched(some.reshape(B * K, G * rows, H), keys[:, :seen]) * jnp.float32(scale)
-        scores = jnp.where(allowed[:, None, None], scores.reshape(B, K, G, rows, seen), _MASKED)
-        p = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        return _batched(p.reshape(B * K, G * rows, seen), values[:, :, :seen]).astype(q.dtype)
+        allowed = jnp.arange(seen) <= (first + jnp.arange(rows))[:, None]
+        if segments is not None and own is not None:
+            allowed = allowed & (lax.dynamic_slice_in_dim(own, first, rows)[:, None] == segments[:seen])
+        some = lax.dynamic_slice_in_dim(q, first, rows).reshape(rows * G, H)
+        scores = _rows_by(some, k[:seen]) * jnp.float32(scale)
+        scores = jnp.where(allowed[:, None], scores.reshape(rows, G, seen), _MASKED)
+        # Dividing by the sum comes after the product with the values, which has fewer numbers.
+        p = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        context = _rows_by(p.astype(q.dtype).reshape(rows * G, seen), values[:, :seen])
+        return (context.reshape(rows, G, H) / total).astype(q.dtype)
 
     outs = []
     for first in range(0, T, group):
         seen = min(first + group, T)
         if group == _QUERY_BLOCK:
-            outs.append(block(first, seen - first, seen).reshape(B, K, G, seen - first, H))
+            outs.append(block(first, seen - first, seen))
             continue
-        starts = first + jnp.arange(0, group, _QUERY_BLOCK)
         step = jax.checkpoint(lambda at, seen=seen: block(at, _QUERY_BLOCK, seen))
-        out = lax.map(step, starts).reshape(-1, B, K, G, _QUERY_BLOCK, H)
-        outs.append(jnp.moveaxis(out, 0, 3).reshape(B, K, G, group, H))
-    return jnp.concatenate(outs, axis=3)[:, :, :, :T].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        outs.append(lax.map(step, first + jnp.arange(0, group, _QUERY_BLOCK)).reshape(group, G, H))
+    return jnp.concatenate(outs)[:T]
 
 
-def _batched(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply a [batch, rows, in] by b [batch, out, in] into float32 [batch, rows, out].
+def _rows_by(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply a [..., rows, in] by b [..., out, in] into float32 [..., rows, out].
 
     In bfloat16 some processors have no kernel for a product that contracts another axis than the minor one, which
     fails when it runs. Hence the barrier: b's transposition must not be folded into the product.
     """
-    rows = a.shape[1]
-    if rows == 1 and a.dtype == jnp.bfloat16:
-        a = jnp.pad(a, ((0, 0), (0, 1), (0, 0)))
-    a, b = lax.optimization_barrier((a, b))
-    return _contract(a, b, 2, 2)[:, :rows]
+    rows, minor = a.shape[-2], a.ndim - 1
+    if a.dtype == jnp.bfloat16:
+        if rows == 1:
+            a = jnp.pad(a, [(0, 0)] * (minor - 1) + [(0, 1), (0, 0)])
+        a, b = lax.optimization_barrier((a, b))
+    batch = tuple(range(minor - 1))
+    return lax.dot_general(a, b, (((minor,), (minor,)), (batch, batch)), preferred_element_type=jnp.float32)[
+        ..., :rows, :
+    ]
 
 
 def init_cache(batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
@@ -286,12 +313,12 @@ def _attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale:
         first = jnp.minimum(i * size, S - size)  # the last block may overlap the one before
         keys, values = (bits.numbers(lax.dynamic_slice_in_dim(cache[x], first, size, axis=2), q.dtype) for x in "kv")
         slots = first + jnp.arange(size)
-        scores = _batched(q, keys.transpose(0, 2, 1)).reshape(B, -1, rows // T, T, size) * jnp.float32(scale)
+        scores = _rows_by(q, keys.transpose(0, 2, 1)).reshape(B, -1, rows // T, T, size) * jnp.float32(scale)
         scores = jnp.where((slots <= at) & (slots >= i * size), scores, _MASKED).reshape(heads, rows, size)
         higher = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
         p, shrink = jnp.exp(scores - higher), jnp.exp(largest - higher)
         total = total * shrink + jnp.sum(p, axis=-1, keepdims=True)
-        return higher, total, context * shrink + _batched(p.astype(q.dtype), values)
+        return higher, total, context * shrink + _rows_by(p.astype(q.dtype), values)
 
     column = jnp.zeros((heads, rows, 1), jnp.float32)
     state = (column + _MASKED, column, jnp.zeros((heads, rows, H), jnp.float32))
