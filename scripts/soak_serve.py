@@ -32,6 +32,7 @@ from scripts.soak_server import (
     WAITING,
     Bench,
     Broken,
+    Streamed,
     head,
     require,
     stream,
@@ -141,7 +142,7 @@ async def s4(bench: Bench) -> Figures:
     with contextlib.suppress(OSError):
         refused = (await server.ask("POST", "/v1/completions", {"prompt": "x"}))[0]
     require(refused in (0, 503), f"new work was answered with {refused}")
-    texts = [text for text, _ in await asyncio.gather(*running)]
+    texts = [each.text for each in await asyncio.gather(*running)]
     require(all(text.startswith("HTTP/1.1 200") and whole(text) for text in texts), "a stream was cut")
     require(all('"finish_reason":"length"' in text for text in texts), "a stream was not finished")
     code, drained_s = await server.ended(30)
@@ -157,7 +158,7 @@ async def s4(bench: Bench) -> Figures:
     code, abort_s = await at_once.ended(30)
     require(code in (0, 143), f"exit code {code}")
     require(abort_s < 4, f"ending at once took {abort_s:.1f} s")
-    for text, _ in await asyncio.gather(*running):
+    for text in [each.text for each in await asyncio.gather(*running)]:
         require('"finish_reason":"abort"' in text or '"error"' in text, f"a stream ended with {text[-100:]!r}")
     return {"drained_s": drained_s, "abort_s": abort_s}
 
@@ -173,7 +174,7 @@ async def s5(bench: Bench) -> Figures:
         await asyncio.sleep(0.02)
     began = time.monotonic()
     trigger.touch()
-    texts = [text for text, _ in await asyncio.gather(*running)]
+    texts = [each.text for each in await asyncio.gather(*running)]
     told_s = time.monotonic() - began
     for text in texts:
         require('"error"' in text and whole(text), f"a stream ended with {text[-120:]!r}")
@@ -242,7 +243,7 @@ async def s8(bench: Bench) -> Figures:
     rng = random.Random(8)
     count = max(20, int(1000 * bench.scale))
     schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 99}}, "required": ["a"]}
-    silences: list[float] = []
+    streams: list[Streamed] = []
     queue = list(range(count))
 
     async def one(i: int) -> None:
@@ -254,9 +255,9 @@ async def s8(bench: Bench) -> Figures:
             {"structured_outputs": {"json": schema}, "max_tokens": 60},
         ][kind]  # fmt: skip
         if i % 3 == 0:
-            text, silence = await streamed(server, head("POST", "/v1/completions", body | {"stream": True}, close=True))
-            require(whole(text) and '"error"' not in text, f"a stream ended with {text[-200:]!r}")
-            silences.append(silence)
+            got = await streamed(server, head("POST", "/v1/completions", body | {"stream": True}, close=True))
+            require(whole(got.text) and '"error"' not in got.text, f"a stream ended with {got.text[-200:]!r}")
+            streams.append(got)
         else:
             status, said = await server.ask("POST", "/v1/completions", body)
             require(status == 200, f"{body} was answered with {status}: {said[:200]!r}")
@@ -269,8 +270,10 @@ async def s8(bench: Bench) -> Figures:
     after = await server.metrics()
     compiled = after["compilations_total"] - before["compilations_total"]
     require(compiled == 0, f"{compiled:.0f} programs were compiled under load")
-    require(max(silences) <= SILENCE_S, f"a stream was silent for {max(silences):.2f} s")
-    return {"requests": count, "compiled": int(compiled), "longest_silence_s": max(silences)}
+    silence = max(each.silence_s for each in streams)
+    require(silence <= SILENCE_S, f"a stream was silent for {silence:.2f} s")
+    wait = max(each.wait_s for each in streams)
+    return {"requests": count, "compiled": int(compiled), "longest_silence_s": silence, "longest_wait_s": wait}
 
 
 async def s9(bench: Bench) -> Figures:

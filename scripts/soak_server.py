@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "qwen3_jax" / "demo"
@@ -150,17 +150,30 @@ def stream(tokens: int, prompt: str = "Once upon a time", **more: Any) -> bytes:
     return head("POST", "/v1/completions", body, close=True)
 
 
-async def streamed(server: Server, request: bytes, *, seconds: float = 120) -> tuple[str, float]:
-    """Read a stream to its end; return its text and the longest silence."""
+class Streamed(NamedTuple):
+    """What came of a stream."""
+
+    text: str
+    wait_s: float
+    """From the request to the first event."""
+    silence_s: float
+    """The longest between what came after that."""
+
+
+async def streamed(server: Server, request: bytes, *, seconds: float = 120) -> Streamed:
+    """Read a stream to its end."""
     reader, writer = await server.connect()
     try:
         writer.write(request)
-        parts, longest, last = [], 0.0, time.monotonic()
+        text, wait, longest, last = b"", None, 0.0, time.monotonic()
         while chunk := await asyncio.wait_for(reader.read(1 << 16), seconds):
+            text += chunk
             now = time.monotonic()
-            longest, last = max(longest, now - last) if parts else 0.0, now
-            parts.append(chunk)
-        return b"".join(parts).decode(errors="replace"), longest
+            if wait is not None:
+                longest, last = max(longest, now - last), now
+            elif b"data: " in text:  # the headers come at once
+                wait, last = now - last, now
+        return Streamed(text.decode(errors="replace"), wait or 0.0, longest)
     finally:
         writer.close()
 
