@@ -74,8 +74,8 @@ class Runner:
             prefill_tokens: a power of two, the most prompt tokens per call.
             mesh: where `params` lie, if they are spread; `ops` is then of `ops.mesh.on_mesh`.
             rules: the table of `sharding.RULES` they were spread by.
-            layerwise: run the network layer by layer, see `layerwise`; None does where it costs nothing: on a CPU,
-                with layers of `LARGE` parameters or more.
+            layerwise: run the network a few layers at a time, see `layerwise`; None does where that costs little: on
+                a CPU, with layers of `LARGE` parameters or more.
         """
         ops = ops_.for_platform(jax.default_backend()) if ops is None else ops
         graphdef, _ = declare(config, dtype=dtype, ops=ops)

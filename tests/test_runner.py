@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+from qwen3_jax import layerwise as layerwise_
 from qwen3_jax import runner as runner_
 from qwen3_jax.checkpoint import load
 from qwen3_jax.config import Qwen3Config
@@ -23,6 +24,11 @@ THINK_END = 51
 STOP_TEXT = (60, 61, THINK_END, 62)
 GREEDY = SamplingParams(temperature=0.0)
 RAGGED = (5, 17, 3)
+
+
+@pytest.fixture(autouse=True)
+def one_layer_at_a_time(monkeypatch):
+    monkeypatch.setattr(layerwise_, "TOGETHER", 1)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,8 @@ def test_greedy_tokens_and_logprobs_equal_transformers(dense):
     check_against_transformers(*dense)
 
 
-def test_experts_between_dense_layers_equal_transformers(mixed):
+def test_experts_between_dense_layers_equal_transformers(mixed, monkeypatch):
+    monkeypatch.setattr(layerwise_, "TOGETHER", 3)  # and one left over
     check_against_transformers(*mixed)
 
 
