@@ -30,6 +30,7 @@ FLOORS = [
     ["reply"],
     ["loaded"],
     ["steps"],
+    ["layerwise"],
     ["runner"],
     ["generate", "shardings", "plan", "parity", "pooling"],
     ["engine"],
