@@ -44,7 +44,7 @@ class Layerwise:
     ) -> tuple[Cache, jax.Array]:
         """Make a cache and run the first tokens of each prompt; see `Steps.start`."""
         cache, last = self.run(("empty", len(tokens), capacity), partial(self._empty, len(tokens), capacity), ())
-        return self._prefill(params, cache, last, tokens, lengths, np.int32(0), key=key, fresh=True)
+        return self.extend(params, cache, last, tokens, lengths, np.int32(0), key=key, fresh=True)
 
     def extend(
         self,
@@ -56,9 +56,14 @@ class Layerwise:
         at: np.int32,
         *,
         key: Key,
+        fresh: bool = False,
     ) -> tuple[Cache, jax.Array]:
-        """Run the next part of the prompts; see `Steps.extend`."""
-        return self._prefill(params, cache, last, tokens, lengths, at, key=key, fresh=False)
+        """Run the next part of the prompts, or with a `fresh` cache the first; see `Steps.extend`."""
+        outer = _outer(params)
+        x, *shared = self.run(("in", *tokens.shape), self._enter, (outer, tokens, at))
+        key = ("fresh" if fresh else "more", *key)
+        x, cache = self._layers(params, self._kinds(params), x, shared, cache, key=key, fresh=fresh)
+        return cache, self.run(("out", *tokens.shape), self._leave, (outer, x, last, lengths, at))
 
     def decode(
         self,
@@ -74,7 +79,7 @@ class Layerwise:
     ) -> tuple[Cache, State, Emitted]:
         """Emit up to `count` tokens per row; see `Steps.decode`. Waits for each, to end when every row is done."""
         size, capacity, width = key
-        outer = {name: value for name, value in params.items() if name != "layers"}
+        outer = _outer(params)
         kinds = self._kinds(params)
         begin, leave = partial(self._begin, sampler), partial(self._leave_step, sampler)
         state, out = self.run(("begin", size, width, sampler), begin, (state, rows, halt), donate=(0,))
@@ -86,24 +91,6 @@ class Layerwise:
             args = (outer, x, state, rows, out, np.int32(i))
             state, out = self.run(("step out", size, width, sampler), leave, args, donate=(2, 4))
         return cache, state, out
-
-    def _prefill(
-        self,
-        params: Params,
-        cache: Cache,
-        last: jax.Array,
-        tokens: np.ndarray,
-        lengths: np.ndarray,
-        at: np.int32,
-        *,
-        key: Key,
-        fresh: bool,
-    ) -> tuple[Cache, jax.Array]:
-        outer = {name: value for name, value in params.items() if name != "layers"}
-        x, *shared = self.run(("in", *tokens.shape), self._enter, (outer, tokens, at))
-        key = ("fresh" if fresh else "more", *key)
-        x, cache = self._layers(params, self._kinds(params), x, shared, cache, key=key, fresh=fresh)
-        return cache, self.run(("out", *tokens.shape), self._leave, (outer, x, last, lengths, at))
 
     def _kinds(self, params: Params) -> list[Key]:
         """Return what decides which layers share a program: what they are, and the dtypes that they lie in."""
@@ -197,3 +184,8 @@ class Layerwise:
         steps = self.steps
         _, shapes = declare(steps.config, dtype=steps.dtype, ops=steps.ops)
         return nnx.merge(steps.graphdef, {**shapes, **outer, "layers": {**shapes["layers"], **(layers or {})}})
+
+
+def _outer(params: Params) -> Params:
+    """Return the parameters that are in no layer."""
+    return {name: value for name, value in params.items() if name != "layers"}
