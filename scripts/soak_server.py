@@ -155,7 +155,7 @@ class Streamed(NamedTuple):
 
     text: str
     wait_s: float
-    """From the request to the first event."""
+    """From the headers, which come at once, to the first event."""
     silence_s: float
     """The longest between what came after that."""
 
@@ -167,12 +167,14 @@ async def streamed(server: Server, request: bytes, *, seconds: float = 120) -> S
         writer.write(request)
         text, wait, longest, last = b"", None, 0.0, time.monotonic()
         while chunk := await asyncio.wait_for(reader.read(1 << 16), seconds):
-            text += chunk
             now = time.monotonic()
             if wait is not None:
                 longest, last = max(longest, now - last), now
-            elif b"data: " in text:  # the headers come at once
-                wait, last = now - last, now
+            elif b"data: " in text + chunk:
+                wait, last = now - last if text else 0.0, now
+            elif not text:
+                last = now
+            text += chunk
         return Streamed(text.decode(errors="replace"), wait or 0.0, longest)
     finally:
         writer.close()
