@@ -280,11 +280,22 @@ def test_chosen_on_cpu():
 
 
 @pytest.mark.parametrize("k", [1, 20, 64])
-@pytest.mark.parametrize("vocabulary", [70, 2112, 8192, 8192 + 37])
-@pytest.mark.parametrize("beyond", [0, 5, 300])
-@pytest.mark.parametrize("kind", ["apart", "ties", "flat", "masked", "rising", "falling"])
-def test_the_largest_are_those_of_a_stable_sort(kind, beyond, vocabulary, k):
-    rng = np.random.default_rng(vocabulary + k)
+@pytest.mark.parametrize(("vocabulary", "beyond"), [(70, 5), (2112, 0), (8192, 300), (8192 + 37, 0), (8192 + 37, 5)])
+def test_the_largest_are_those_of_a_stable_sort(vocabulary, beyond, k):
+    count = max(vocabulary - beyond, 65)
+    top = jax.jit(functools.partial(cpu.top, k=k, count=count))
+    for kind in ("apart", "ties", "flat", "masked", "rising", "falling"):
+        x = logits_that_are(kind, vocabulary)
+        values, ids = top(x)
+        known = np.where(np.arange(vocabulary) < count, x, -np.inf)
+        order = np.argsort(-known, axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(ids, order, err_msg=kind)
+        np.testing.assert_array_equal(values, np.take_along_axis(known, order, axis=1), err_msg=kind)
+        assert ids.dtype == np.int32
+
+
+def logits_that_are(kind, vocabulary):
+    rng = np.random.default_rng(vocabulary)
     x = rng.standard_normal((5, vocabulary)).astype(np.float32)
     if kind == "ties":
         x = np.round(x) + 0.0  # no -0.0, which XLA takes for less than 0.0
@@ -294,10 +305,4 @@ def test_the_largest_are_those_of_a_stable_sort(kind, beyond, vocabulary, k):
         x = np.where(rng.random(x.shape) < 4 / vocabulary, x, -np.inf).astype(np.float32)
     if kind in ("rising", "falling"):
         x = np.sort(x, axis=1)[:, :: 1 if kind == "rising" else -1].copy()
-    count = max(vocabulary - beyond, 65)
-    values, ids = jax.jit(cpu.top, static_argnums=(1, 2))(x, k, count)
-    known = np.where(np.arange(vocabulary) < count, x, -np.inf)
-    order = np.argsort(-known, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(ids, order)
-    np.testing.assert_array_equal(values, np.take_along_axis(known, order, axis=1))
-    assert ids.dtype == np.int32
+    return x
