@@ -127,6 +127,9 @@ class Ops(NamedTuple):
     """(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], scale) -> what o_proj takes: q in the order of `blocks`, k and v in
     their own, with no segments."""
 
+    einsum_on_mesh: Callable[..., jax.Array] | None = None
+    """What `einsum` is where the compiler partitions its arrays; None is the same."""
+
     spread: Callable[[jax.Array], Any] = lambda x: x
     """x [B,T,D] -> what the linear layers on it take: x itself, or on a mesh that splits the stream its `ring.Pieces`,
     sent once for all of them."""

@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen3_jax import ops
 from qwen3_jax.ops import LayerCache, Ops, bits, plain
@@ -47,8 +48,10 @@ _TOP_BLOCK = 64
 _MASKED = -1e30  # finite, so that a row without any allowed key gives numbers, not NaN
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """Apply a linear layer as one product of matrices [rows, in] and [out, in]; see `Ops.einsum`."""
+def einsum(
+    spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None, *, turn: bool = True
+) -> jax.Array:
+    """Apply a linear layer as one product of matrices [rows, in] and [out, in]; see `Ops.einsum` and `_product`."""
     inputs, result = spec.split("->")
     x_axes, w_axes = inputs.split(",")
     contracted = sum(axis not in result for axis in w_axes)
@@ -56,7 +59,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = 
     if result != x_axes[:kept] + w_axes[:out_axes] or x_axes[kept:] != w_axes[out_axes:]:
         raise ValueError(f"einsum {spec!r} is not a linear layer: the trailing axes of both inputs must be contracted")
     fan_in = math.prod(w.shape[out_axes:])
-    y = _linear(x.reshape(-1, fan_in), w.reshape(-1, fan_in))
+    y = _linear(x.reshape(-1, fan_in), w.reshape(-1, fan_in), turn)
     return y.astype(x.dtype if out_dtype is None else out_dtype).reshape(x.shape[:kept] + w.shape[:out_axes])
 
 
@@ -92,25 +95,31 @@ def top(x: jax.Array, k: int, count: int | None = None) -> tuple[jax.Array, jax.
     return values, jnp.take_along_axis(ids, at, axis=1, mode="promise_in_bounds")
 
 
-def _linear(x: jax.Array, w: jax.Array) -> jax.Array:
+def _linear(x: jax.Array, w: jax.Array, turn: bool = True) -> jax.Array:
     """Multiply x [R, in] by w [out, in] into float32 [R, out]; x's dtype is the products', w is cast to it."""
     if x.shape[0] == 1 and w.dtype == jnp.bfloat16 and (some := _rows_at_once(*w.shape)) is not None:
         return _vector_linear(some, x, w)
     if x.shape[0] == 1 and jnp.bfloat16 in (x.dtype, w.dtype):
         wide, w = lax.optimization_barrier((x.astype(jnp.float32), w))
         return jnp.sum(w.astype(x.dtype).astype(jnp.float32) * wide, axis=1)[None]
-    return _product(x, w)
+    return _product(x, w, turn)
 
 
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply x [R, in] by w [out, in] into float32 [R, out] as a product of matrices, with few rows on the right."""
+def _product(x: jax.Array, w: jax.Array, turn: bool = True) -> jax.Array:
+    """Multiply x [R, in] by w [out, in] into float32 [R, out] as a product of matrices; to turn puts few rows right.
+
+    The result is laid out as if it had not been turned. Left to itself the compiler carries the turned layout as far as
+    it pleases, and sums what follows, a norm for instance, in another order in each program. A layout cannot be held so
+    where the compiler partitions an array: it would gather the array first.
+    """
     if w.dtype != x.dtype:
         x, w = lax.optimization_barrier((x, w))
         w = w.astype(x.dtype)
     least = 16 if x.dtype == jnp.bfloat16 else 2  # one row is a matrix-vector product either way
-    if least <= x.shape[0] <= _FEW_ROWS:
+    if turn and least <= x.shape[0] <= _FEW_ROWS:
         turned = lax.dot_general(w, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        return lax.optimization_barrier(turned).T  # without the barrier it would be turned back
+        turned = lax.optimization_barrier(turned)  # without which the product would be turned back
+        return with_layout_constraint(turned.T, Layout((0, 1)))
     return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -514,4 +523,5 @@ CPU = Ops(
     {"k": "batch head_dim slots", "v": "batch head_dim slots"},
     embed=embed,
     top=top,
+    einsum_on_mesh=partial(einsum, turn=False),
 )

@@ -81,7 +81,9 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
     def odd(axis: str, size: int) -> bool:
         return size % place.ways(rules[axis]) != 0
 
-    ops = ops._replace(constrain=constrain, head_groups=place.ways(rules["head_batch"]))
+    ops = ops._replace(
+        einsum=ops.einsum_on_mesh or ops.einsum, constrain=constrain, head_groups=place.ways(rules["head_batch"])
+    )
     queries, keys = "batch length heads head_dim", "batch slots kv_heads head_dim"
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, scale: float) -> jax.Array:
