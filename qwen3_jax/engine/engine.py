@@ -36,6 +36,8 @@ from qwen3_jax.sampling_params import SamplingParams
 
 log = logging.getLogger("qwen3_jax.engine")
 
+TELLING_S = 1.0  # by then the watcher of the other processes has seen which one is gone, and says it better
+
 T = TypeVar("T")
 
 
@@ -274,6 +276,8 @@ class Engine:
                 self._turn()
             self._end_all("abort", None)
         except BaseException as error:
+            if isinstance(self.device, Leader):
+                time.sleep(TELLING_S)  # a collective breaks at once when a process goes
             if self.failure is not None:
                 return  # another process is gone, and everybody has been told
             log.exception("the engine failed")
