@@ -21,8 +21,6 @@ from qwen3_jax.sampling_params import SamplingParams
 from tests import tiny
 from tests.engines import VOCAB, Cycle, Heard, ask, settled, write
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 OPTIONS = EngineOptions(rows=4, page_tokens=8, chunk_tokens=32, cache_tokens=384, decode_tokens=4, deterministic=False)
 TEXTS = ["The sky", "Once upon a time there was", "1 + 1 =", "x", "Hello, " * 20, "one two three " * 8]
 

@@ -22,8 +22,6 @@ from qwen3_jax.text.thinking import STOP_TEXT
 from tests import tiny
 from tests.text_folders import DEMO
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TEXTS = ["The sky", "Once upon a time there was", "1 + 1 ="]
 
 

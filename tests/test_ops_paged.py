@@ -11,8 +11,6 @@ import pytest
 
 from qwen3_jax.ops import paged, plain
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 N, K, H, PAGE = 4, 2, 16, 4
 update = jax.jit(plain.update_cache)
 

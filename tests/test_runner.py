@@ -19,7 +19,6 @@ from qwen3_jax.runner import Batch, Runner
 from qwen3_jax.sampling_params import SamplingParams
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 EOS = 95
 THINK_END = 51
 STOP_TEXT = (60, 61, THINK_END, 62)

@@ -23,8 +23,6 @@ from qwen3_jax import sampling
 from qwen3_jax.sampling import Sampler
 from qwen3_jax.sampling_params import SamplingError, SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 VOCAB = 300
 
 

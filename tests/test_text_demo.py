@@ -71,7 +71,7 @@ def test_greedy_text_is_that_of_transformers(enable_thinking):
 def test_it_answers_problems_that_it_never_saw_as_its_card_says():
     """The rates of few problems; the card's are of many (`qwen3-jax eval`)."""
     card = (DEMO / "README.md").read_text(encoding="utf-8")
-    problems = harness.draw(TASKS, 5, seed=11)
+    problems = harness.draw(TASKS, 8, seed=11)
     answer = harness.through_generator(generator(), batch_size=16)
     rates = {}
     for thinking in (True, False):
