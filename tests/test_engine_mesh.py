@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
 from qwen3_jax.engine.engine import Engine
-from qwen3_jax.engine.lockstep import LOST_EXIT, pack, unpack
+from qwen3_jax.engine.lockstep import LOST_EXIT, Leader, pack, unpack
 from qwen3_jax.engine.options import EngineOptions
 from qwen3_jax.generate import Generator
 from qwen3_jax.loaded import load_model
@@ -85,6 +86,30 @@ def test_two_processes_say_what_one_says_and_a_lost_one_ends_the_other(folder, t
         for process in processes:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_broken_collective_leaves_it_to_the_watcher_to_say_why(told, folder, monkeypatch):
+    """It may break before the watcher has seen who is gone; if nobody is, it is what failed."""
+    engine = Engine(load_model(folder, dtype="float32"), OPTIONS)
+    leader = object.__new__(Leader)
+    vars(leader)["_device"] = engine.device
+    engine.device = leader
+    watcher = threading.Timer(0.2, engine._lost, ["process 1 is gone"])
+
+    def broken() -> None:
+        if told:
+            watcher.start()
+        raise RuntimeError("connection reset by peer")
+
+    monkeypatch.setattr(engine, "_turn", broken)
+    heard = ask(engine, "x")
+    engine._thread = threading.Thread(target=engine._run)
+    engine._thread.start()
+    engine._thread.join(30)
+    reason = "process 1 is gone" if told else "RuntimeError: connection reset by peer"
+    assert heard.updates[-1].error == f"the engine failed: {reason}"
+    assert str(engine.failure) == ("process 1 is gone" if told else "connection reset by peer")
 
 
 @pytest.mark.slow

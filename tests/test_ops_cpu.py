@@ -1,6 +1,7 @@
 """The CPU formulation against numpy in float64 and against the oracle's gradients, in float32 and bfloat16."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwen3_jax import ops
 from qwen3_jax.ops import cpu, plain
+from qwen3_jax.ops.mesh import on_mesh
+from qwen3_jax.sharding import RULES, make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 DTYPES = [jnp.float32, jnp.bfloat16]
@@ -56,6 +60,19 @@ def test_einsum(dtype, B, T, spec, shape, w_shape):
     check_trees(
         gradients(functools.partial(cpu.einsum, spec), x, w), (x, w), functools.partial(plain.einsum, spec), dtype
     )
+
+
+def test_on_a_mesh_few_rows_are_not_gathered():
+    """A column-parallel layer and a row-parallel one: one sum of the results and nothing else is sent."""
+    mesh = make_mesh(model=4, devices=jax.devices()[:4])
+    linear = on_mesh(cpu.CPU, mesh, RULES["serve"]).einsum
+    x, up, down = draw(0, 8, 1, 24), draw(1, 96, 24), draw(2, 24, 96)
+    specs = (PartitionSpec(), PartitionSpec("model"), PartitionSpec(None, "model"))
+    args = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip((x, up, down), specs, strict=True)]
+    mlp = jax.jit(lambda x, up, down: linear("BTF,DF->BTD", jnp.tanh(linear("BTD,FD->BTF", x, up)), down))
+    sent = re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", mlp.lower(*args).compile().as_text() or "")
+    assert sent == ["all-reduce"]
+    check(mlp(*args), np.tanh(wide(x) @ wide(up).T) @ wide(down).T, jnp.float32)
 
 
 def check_trees(actual, args, oracle, dtype):
