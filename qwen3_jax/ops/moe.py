@@ -10,6 +10,7 @@ how a device that holds some of the experts sees a row that belongs elsewhere.
 Axis letters: R rows, C choices per row, E experts here, D hidden, F expert width, M routed rows that are multiplied.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -37,7 +38,8 @@ class Transfer(Protocol):
     """Rows on their way to other devices, see `ring.Exchange`."""
 
     arrays: list[jax.Array]
-    hops: int
+    loads: list[int]
+    """What each hop moves, in rows."""
 
     def hop(self) -> None: ...
     def arrive(self) -> None: ...
@@ -105,8 +107,9 @@ def grouped(
     Args:
         expected: how many of the R*C routes probably name an expert that is here; sizes the buffers. Where more do, the
             same code runs again on the rest, as often as it takes; None takes room for all.
-        turn: run these experts only, in as many kernels as the transfer beside has hops: each hop starts before one
-            and is waited for when that ends. Not differentiable.
+        turn: run these experts only, in as many kernels as the transfer beside has hops: each hop starts before one,
+            with a share of the experts as large as its own of the rows, and is waited for when that ends. Not
+            differentiable.
         swiglu: multiplies the groups, `ragged_swiglu` by default.
         align: every group starts at a multiple of this, which `swiglu` may rely on; what pads a group is ignored.
     """
@@ -170,9 +173,9 @@ def _one_block(
 
 def _beside(swiglu: Swiglu, turn: Turn, expert: jax.Array) -> jax.Array:
     """Run a kernel for some experts beside each hop of a transfer; `expert` says whose a row is."""
-    each = None
-    for i in range(turn.beside.hops):
-        begin, end = (turn.first + j * turn.experts // turn.beside.hops for j in (i, i + 1))
+    each, loads = None, turn.beside.loads
+    ends = [turn.first + round(turn.experts * sum(loads[:i]) / sum(loads)) for i in range(len(loads) + 1)]
+    for begin, end in itertools.pairwise(ends):
         turn.beside.hop()
         part = swiglu(only=(begin, end))
         part, turn.beside.arrays = lax.optimization_barrier((part, turn.beside.arrays))

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.ops.moe import Turn, every, grouped, round_up
 from qwen3_jax.ops.moe_tpu_grad import gradients
-from qwen3_jax.ops.moe_tpu_tiles import add_slice, in_hbm, owners, product, slice_width
+from qwen3_jax.ops.moe_tpu_tiles import add_slice, best_height, expected_tiles, in_hbm, owners, product, slice_width
 
 FEW_ROWS = 128  # the matrix unit takes as long for fewer
 
@@ -42,24 +42,25 @@ def moe(
     if turn is None and R <= FEW_ROWS and routes >= 2 * E:
         return every(x, weights, experts, gate_proj, up_proj, down_proj)
     busy = E if turn is None else turn.experts
-    align = min(round_up(R, 16), 128 if routes < 512 * busy else 256)
-    kernel = partial(_swiglu, align, -(-routes // align) + busy // 2, busy)
+    mean = routes / busy
+    align = min(round_up(R, 16), best_height(mean))
+    kernel = partial(_swiglu, align, expected_tiles(mean, align) * busy, busy)
     stacks = gate_proj, up_proj, down_proj
     return grouped(x, weights, experts, *stacks, expected=expected, turn=turn, swiglu=kernel, align=align)
 
 
-def _swiglu(tile: int, tiles: int, busy: int, *arrays: jax.Array, only: tuple[int, int] | None = None) -> jax.Array:
+def _swiglu(tile: int, tiles: float, busy: int, *arrays: jax.Array, only: tuple[int, int] | None = None) -> jax.Array:
     """Run the kernel; `tiles` are expected to hold rows of `busy` experts, or that much of each expert in `only`."""
     if only is None:
         return swiglu(tile, (tiles, busy), False, None, *arrays)
     count = only[1] - only[0]
-    return swiglu(tile, (-(-tiles * count // busy), count), False, only, *arrays)
+    return swiglu(tile, (tiles * count / busy, count), False, only, *arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def swiglu(
     tile: int,
-    likely: tuple[int, int],
+    likely: tuple[float, int],
     interpret: bool,
     only: tuple[int, int] | None,
     rows: jax.Array,
@@ -84,7 +85,7 @@ def swiglu(
     begin, end = (0, E) if only is None else only
     skipped = ends[begin - 1] if begin else jnp.int32(0)
     itemsize = rows.dtype.itemsize
-    done = min(M // tile, tiles) * tile
+    done = round(min(M // tile, tiles) * tile)
     reads = min(busy, tiles) if width == F else min(M // tile, tiles)
     weights_bytes, row_bytes = 6 * width * D * gate_proj.dtype.itemsize, tile * D * (4 * itemsize + 2 * 4)
     vmem_bytes = weights_bytes + row_bytes + 4 * tile * width * 4 + 4 * 2**20
@@ -106,7 +107,7 @@ def swiglu(
         ),
         cost_estimate=pl.CostEstimate(
             flops=6 * done * D * F,
-            bytes_accessed=2 * done * D * itemsize + 3 * reads * D * F * gate_proj.dtype.itemsize,
+            bytes_accessed=2 * done * D * itemsize + round(3 * reads * D * F) * gate_proj.dtype.itemsize,
             transcendentals=done * F,
         ),
         interpret=interpret,

@@ -10,6 +10,7 @@ lets in what pads a group, and states the cost of the whole buffer instead of th
 A row whose slope is zero throughout is padding, or might as well be: it adds nothing, whatever it holds, NaN included.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class Visits(NamedTuple):
 
 def gradients(
     tile: int,
-    likely: tuple[int, int],
+    likely: tuple[float, int],
     interpret: bool,
     rows: jax.Array,
     sizes: jax.Array,
@@ -66,7 +67,7 @@ def gradients(
 
 
 def _slopes(
-    tile: int, likely: tuple[int, int], interpret: bool, sizes: jax.Array, rows: jax.Array, *arrays: jax.Array
+    tile: int, likely: tuple[float, int], interpret: bool, sizes: jax.Array, rows: jax.Array, *arrays: jax.Array
 ) -> list[jax.Array]:
     """Return the slopes of rows [M, D], gate and up [M, F], and the hidden activations [M, F]."""
     slope, gate_proj, up_proj, down_proj = arrays
@@ -75,7 +76,7 @@ def _slopes(
     width = slice_width(gate_proj)
     ends, owner = owners(tile, M // tile, sizes)
     itemsize = rows.dtype.itemsize
-    done, busy = min(M // tile, likely[0]), likely[1]
+    done, busy = min(M // tile, math.ceil(likely[0])), likely[1]
     reads = min(busy, done) if width == F else done
     weights_bytes = 6 * width * D * gate_proj.dtype.itemsize
     row_bytes = tile * D * (6 * itemsize + 3 * 4) + tile * width * (6 * itemsize + 8 * 4)
@@ -142,14 +143,14 @@ def _visits(tiles: int, counts: jax.Array) -> Visits:
 
 
 def _outer(
-    tile: int, likely: int, interpret: bool, visits: Visits, left: jax.Array, right: jax.Array, dtype: jnp.dtype
+    tile: int, likely: float, interpret: bool, visits: Visits, left: jax.Array, right: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
     """Sum each expert's outer products: left [M, N], right [M, K] -> [E, N, K], zero for an expert without rows."""
     (M, N), K = left.shape, right.shape[1]
     E = len(visits.tiles)
     width = widest(K, N * (4 + 2 * dtype.itemsize), SUM_VMEM_BYTES)
     itemsize = left.dtype.itemsize
-    done = min(M // tile, likely) * tile
+    done = min(M // tile, math.ceil(likely)) * tile
     sum_bytes = N * width * (2 * 4 + 2 * dtype.itemsize)
     row_bytes = tile * (N + width) * (2 * itemsize + 2 * 4)
     return pl.pallas_call(

@@ -127,12 +127,13 @@ class Exchange:
 
     Every chunk takes the shorter way, from neighbour to neighbour; what goes across an even ring goes half each way. A
     `hop` sets `arrays` on their way, `arrive` takes in what they brought; between the two is time for something else.
-    After the last, `chunks[d]` is from the device way · d back. n is at least 2.
+    `loads` says how many rows each hop moves. After the last, `chunks[d]` is from the device way · d back. n is at
+    least 2.
     """
 
     def __init__(self, chunks: Sequence[jax.Array], axis: str, way: int):
         n = len(chunks)
-        self.chunks, self.hops = list(chunks), n // 2
+        self.chunks = list(chunks)
         self._axis, self._way, self._made = axis, way, 0
         ahead, behind = ([chunks[d * sign % n] for d in range(1, (n + 1) // 2)] for sign in (way, -way))
         if n % 2 == 0:
@@ -141,6 +142,7 @@ class Exchange:
             behind.append(chunks[n // 2][half:])
         self._sizes = [[chunk.shape[0] for chunk in one_way] for one_way in (ahead, behind)]
         self.arrays = [jnp.concatenate(ahead), jnp.concatenate(behind)]
+        self.loads = [sum(map(sum, (sizes[d:] for sizes in self._sizes))) for d in range(n // 2)]
 
     def hop(self) -> None:
         """Send what has farther to go to the next device, both ways."""
@@ -161,6 +163,6 @@ class Exchange:
 
     def finish(self) -> None:
         """Make all hops, with nothing between."""
-        for _ in range(self.hops):
+        for _ in self.loads:
             self.hop()
             self.arrive()
