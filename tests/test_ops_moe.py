@@ -349,20 +349,23 @@ def test_mesh_splits_the_rows_by_all_axes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("expert", "model", "over", "R"),
+    ("data", "expert", "model", "over", "R"),
     [
-        (4, 2, "expert", 112),
-        (2, 4, "expert", 112),
-        pytest.param(2, 4, "model", 112, marks=pytest.mark.slow),
-        pytest.param(4, 2, "expert", 104, marks=pytest.mark.slow),  # a device's own rows are odd
+        (1, 4, 2, "expert", 112),
+        (1, 2, 4, "expert", 112),
+        (2, 2, 2, "expert", 128),  # a square: half of the rows over each axis
+        pytest.param(1, 2, 4, "model", 112, marks=pytest.mark.slow),
+        pytest.param(1, 4, 2, "expert", 104, marks=pytest.mark.slow),  # a device's own rows are odd
+        pytest.param(2, 2, 2, "model", 96, marks=pytest.mark.slow),
+        pytest.param(2, 2, 2, "expert", 112, marks=pytest.mark.slow),  # a square whose rows do not split evenly
     ],
 )
 @quick
-def test_ring(expert, model, over, R, monkeypatch):
+def test_ring(data, expert, model, over, R, monkeypatch):
     """The same in two halves, the second under way beside the first one's kernels: results, and gradients."""
     monkeypatch.setattr(moe_parallel, "exchange_axes", lambda *_: (over,))
     rows = ("data", "fsdp", "expert", "model")
-    mesh = make_mesh(expert=expert, model=model)
+    mesh = make_mesh(data=data, expert=expert, model=model)
     place = moe_parallel.island(mesh.shape, {**RULES["serve"], "batch": rows})
     island = jax.shard_map(
         functools.partial(moe_parallel.run, "ring", moe.grouped, place, "tpu"),

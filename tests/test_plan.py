@@ -82,19 +82,22 @@ def test_types_nest_and_carry_their_memory_space():
 
 
 @pytest.mark.parametrize(
-    ("groups", "size"),
+    ("groups", "members"),
     [
-        ("{{0,1},{2,3}}", 2),
-        ("[4,2]<=[2,4]T(1,0)", 2),
-        ("mesh['a'=2,'b'=4] {'b'}", 4),
-        ("mesh['a'=2,'b'=4] {'a','b'}", 8),
-        ("mesh['a'=8] {'a':(2)4}", 4),
-        ("{}", 16),
+        ("{{0,1},{2,3}}", (0, 1)),
+        ("[4,2]<=[8]", (0, 1)),
+        ("[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
+        ("mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+        ("mesh['a'=8] {'a':(1)4}", (0, 2, 4, 6)),
+        ("{}", tuple(range(16))),
     ],
 )
-def test_group_sizes(groups, size):
+def test_groups(groups, members):
     line = f"  %r = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add"
-    assert hlo.group_size(hlo._instruction(line), 16) == size
+    assert hlo.group(hlo._instruction(line), 16) == members
 
 
 def test_the_floor_of_padding_and_text_that_is_not_hlo():
@@ -268,6 +271,30 @@ def test_a_group_of_two_has_one_link(size, links_s):
   %p = f32[25]{{0:S(1)}} parameter(0)
   ROOT %r = f32[25]{{0:S(1)}} all-reduce(%p), replica_groups={{{{{groups}}}}}, to_apply=%add"""
     assert walk(program(body, others=ADD), UNIT).ici_s == 100 * links_s
+
+
+@pytest.mark.parametrize(
+    ("second", "known", "seconds"),
+    [
+        ("{{0,2},{2,0},{1,3},{3,1}}", True, 200),  # along the other axis
+        ("{{0,2},{2,0},{1,3},{3,1}}", False, 400),
+        ("{{0,1},{1,0},{2,3},{3,2}}", True, 400),  # along the same
+        ("{{0,3},{3,0},{1,2},{2,1}}", True, 400),  # along both
+    ],
+)
+def test_axes_of_the_torus_are_different_wires(second, known, seconds):
+    """Four chips in a square, a permute of 100 bytes along the first axis and one more, both under way together."""
+    first, both = "{{0,1},{1,0},{2,3},{3,2}}", "(f32[25]{0:S(1)}, f32[25]{0:S(1)})"
+    body = f"""\
+  %p = f32[25]{{0:S(1)}} parameter(0)
+  %a = {both} collective-permute-start(%p), source_target_pairs={first}
+  %b = {both} collective-permute-start(%p), source_target_pairs={second}
+  %c = f32[25]{{0:S(1)}} collective-permute-done(%a)
+  ROOT %d = f32[25]{{0:S(1)}} collective-permute-done(%b)"""
+    places = [(0, 0), (1, 0), (0, 1), (1, 1)] if known else ()
+    found = cost.walk(hlo.parse(program(body)), UNIT, partitions=4, places=places)
+    assert found.schedule_s == found.ici_s == seconds
+    assert found.ici_bytes == 200
 
 
 def test_gpus_send_through_a_switch():

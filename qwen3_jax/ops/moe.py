@@ -37,9 +37,13 @@ class Turn(NamedTuple):
 class Transfer(Protocol):
     """Rows on their way to other devices, see `ring.Exchange`."""
 
-    arrays: list[jax.Array]
     loads: list[int]
     """What each hop moves, in rows."""
+
+    @property
+    def arrays(self) -> list[jax.Array]: ...
+    @arrays.setter
+    def arrays(self, arrays: list[jax.Array]) -> None: ...
 
     def hop(self) -> None: ...
     def arrive(self) -> None: ...

@@ -14,7 +14,7 @@ five algorithms, every one dropless for every routing:
                        collective
     ring               all_to_all from neighbour to neighbour, half of the rows while the other half is multiplied: for
                        TPUs, where an all-to-all stands still. Only where one shared axis is collected and one exchanged
-                       over; see `moe_ring`
+                       over, or, of two as large as each other, each of them for half of the rows; see `moe_ring`
 
 `choose` says which one runs. Axis letters: R rows of this device, C choices per row, E experts here, D hidden.
 """
@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +171,8 @@ def run(
             f"MoE algorithm 'ring' collects rows over one mesh axis and exchanges them over one more: {sizes} would "
             f"collect over {collected} and exchange over {exchanged}; use all_to_all, or None to let the mesh decide"
         )
+    if algorithm == "ring":
+        return _on_rings(moe, place, over, room, x, weights, experts, *stacks)
     return _exchanged(algorithm, moe, place, over, room, x, weights, experts, *stacks)
 
 
@@ -228,31 +230,74 @@ def _exchanged(
     # From here on the collected axes are like the other ones: their devices hold the same rows.
     place = place._replace(rows=tuple(axis for axis in place.rows if axis not in collected))
     R, C = experts.shape
-    targets, local = _peer(place, experts, E), lax.rem(experts, jnp.int32(E))
-    parts = 1
-    if algorithm == "ring":
-        targets, parts = moe_ring.target(targets, local, E, over[0]), moe_ring.HALVES
     group = place.ways(place.shared)
-    routing = Routing.of(targets, local, group * parts)
-    if room is None:
-        mean = R * needed(place, C, parts)
-        room = round_up(math.ceil(mean + 3 * math.sqrt(mean)), 8 * parts)
+    routing = Routing.of(_peer(place, experts, E), lax.rem(experts, jnp.int32(E)), group)
+    room = min(R, _room(R * needed(place, C), 8) if room is None else room)
     likely = -(-group * R * C // place.ways(place.experts))
-    if algorithm == "ring":
-        (along,) = (axis for axis in collected if place.ways((axis,)) > 1)
-        step = partial(moe_ring.one_exchange, moe, over[0], along, min(room, R), likely)
-    else:
-        step = partial(_one_exchange, algorithm, moe, place, collected, min(room, R), likely)
-    arrays = (x, weights, *stacks)
-    if room >= R:
-        out = step(jnp.zeros(own.shape, own.dtype), jnp.int32(0), routing, arrays)
-    else:
-        # All devices must take part in every exchange, so all run as many as the fullest pair of devices needs. They
-        # agree on that before they begin: while rows travel, a small reduction would wait for all of them.
-        fullest = lax.pmax(jnp.max(routing.sent), tuple(dict(place.sizes)))
-        fullest, routing = lax.optimization_barrier((fullest, routing))
-        out = sum_of_rounds(step, lax.div(fullest + (room - 1), jnp.int32(room)), routing, arrays, like=own)
+    step = partial(_one_exchange, algorithm, moe, place, collected, room, likely)
+    out = _all_rounds(place, step, room, R, (routing,), (x, weights, *stacks), own)
     return lax.psum(out, others)
+
+
+def _on_rings(
+    moe: LocalMoe,
+    place: Island,
+    over: tuple[str, ...],
+    room: int | None,
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    *stacks: jax.Array,
+) -> jax.Array:
+    """Exchange rows over one axis of two, neighbour to neighbour, or half of them over each; see `moe_ring`."""
+    (R, C), E = experts.shape, stacks[0].shape[0]
+    (axis,), (along,) = over, (axis for axis in place.shared if axis not in over and place.ways((axis,)) > 1)
+    lanes = [moe_ring.Lane(axis, along)]
+    if place.ways((axis,)) == place.ways((along,)) and R % 4 == 0:
+        lanes.append(moe_ring.Lane(along, axis))
+    packed = jnp.concatenate([x, pack(weights, jnp.minimum(experts, place.ways(place.experts) * E), x.dtype)], axis=1)
+    parts = jnp.split(packed, len(lanes))
+    n, R_lane = place.ways((axis,)), place.ways((along,)) * len(parts[0])
+    xs, all_weights, routings = [], [], []
+    for lane, rows in zip(lanes, moe_ring.collect(parts, lanes), strict=True):
+        weights, experts = unpack(rows[:, x.shape[1] :])
+        # The collected axis is like the other ones: its devices hold the same rows.
+        peer = _peer(place._replace(rows=tuple(a for a in place.rows if a != lane.along)), experts, E)
+        local = lax.rem(experts, jnp.int32(E))
+        routings.append(Routing.of(moe_ring.target(peer, local, E, lane.axis), local, n * moe_ring.HALVES))
+        xs.append(rows[:, : x.shape[1]])
+        all_weights.append(weights)
+    if room is None:
+        room = _room(R_lane * needed(place, C, moe_ring.HALVES), 8 * moe_ring.HALVES)
+    room = min(R_lane, room)
+    likely = -(-len(lanes) * n * R_lane * C // place.ways(place.experts))
+    step = partial(moe_ring.one_exchange, moe, lanes, room, likely)
+    out = _all_rounds(place, step, room, R_lane, tuple(routings), (tuple(xs), tuple(all_weights), *stacks), x)
+    return lax.psum(out, place.others)
+
+
+def _room(mean: float, multiple: int) -> int:
+    """Return the room that a fair router needs for rows of which it sends `mean` on average."""
+    return round_up(math.ceil(mean + 3 * math.sqrt(mean)), multiple)
+
+
+def _all_rounds(
+    place: Island,
+    step: Callable[..., jax.Array],
+    room: int,
+    R: int,
+    routings: tuple[Routing, ...],
+    arrays: Any,
+    like: jax.Array | jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """Make as many exchanges as the fullest pair of devices needs, of R rows `room` at a time."""
+    if room >= R:
+        return step(jnp.zeros(like.shape, like.dtype), jnp.int32(0), routings, arrays)
+    # All devices must take part in every exchange, so all run as many. They agree on that before they begin: while rows
+    # travel, a small reduction would wait for all of them.
+    fullest = jnp.max(jnp.stack([jnp.max(routing.sent) for routing in routings]))
+    fullest, routings = lax.optimization_barrier((lax.pmax(fullest, tuple(dict(place.sizes))), routings))
+    return sum_of_rounds(step, lax.div(fullest + (room - 1), jnp.int32(room)), routings, arrays, like=like)
 
 
 def needed(place: Island, choices: int, parts: int = 1) -> float:
@@ -289,15 +334,16 @@ def _one_exchange(
     likely: int,
     total: jax.Array,
     k: jax.Array | int,
-    routing: Routing,
+    routings: tuple[Routing, ...],
     arrays: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Return the total of this device's own rows with what the k-th `room` rows for each peer add.
 
     Args:
         collected: the axes whose rows are in `arrays`, and over which what they get is summed and split again.
-        routing: to the peers.
+        routings: one, to the peers.
     """
+    (routing,) = routings
     x, weights, *stacks = arrays
     C, group = weights.shape[1], routing.sent.shape[0]
     outgoing = jnp.clip(routing.sent - k * room, 0, room)

@@ -7,10 +7,16 @@ half's turn (`moe.Turn`) there are as many kernels as the way has hops, and a ke
 the way there and half of the way back. The price: a row that wants both halves of a device is sent twice, with 8 of 128
 experts on 16 devices a ninth more rows than without.
 
+Where the two axes are of one size there are two lanes: half of the rows is collected along the first axis and exchanged
+over the second, the other half the other way round, at the same time. In a torus the axes are different wires; with one
+lane either's lie idle in turn. The kernels multiply both lanes' rows together.
+
 Axis letters: R rows, C choices per row, E experts here, D hidden, n devices on the ring.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +41,30 @@ def target(peer: jax.Array, local: jax.Array, E: int, axis: str) -> jax.Array:
     return jnp.where(peer < 0, -1, HALVES * ahead + (local >= E // HALVES).astype(jnp.int32))
 
 
+class Lane(NamedTuple):
+    """The way of some of the rows: over which axis they are exchanged, and which axis's devices hold the same ones."""
+
+    axis: str
+    along: str
+
+
+def collect(parts: Sequence[jax.Array], lanes: Sequence[Lane]) -> list[jax.Array]:
+    """Collect each lane's rows [R, ...] from all devices along its second axis."""
+    if len(parts[0]) % 2:
+        return [lax.all_gather(part, lane.along, tiled=True) for part, lane in zip(parts, lanes, strict=True)]
+    sent = [ring.gather(part[None], lane.along) for part, lane in zip(parts, lanes, strict=True)]
+    return [ring.column(pieces, lambda rows: rows, lane.along)[0] for pieces, lane in zip(sent, lanes, strict=True)]
+
+
 def one_exchange(
     moe: Callable[..., jax.Array],
-    axis: str,
-    along: str,
+    lanes: Sequence[Lane],
     room: int,
     likely: int,
     total: jax.Array,
     k: jax.Array | int,
-    routing: Routing,
-    arrays: tuple[jax.Array, ...],
+    routings: Sequence[Routing],
+    arrays: tuple[Any, ...],
 ) -> jax.Array:
     """Return the total of this device's own rows with what the k-th `room` rows for each target add.
 
@@ -52,24 +72,33 @@ def one_exchange(
 
     Args:
         moe: as `moe.grouped`, with turns.
-        axis: of the ring; n is at least 2.
-        along: the axis whose devices hold the same rows, over which the results are summed and split.
+        lanes: every lane has as many of the own rows, in their order. The rings have n devices, at least 2.
         likely: how many routes of a round probably name an expert that is here.
-        routing: to what `target` returns, 2n.
-        arrays: rows [R, D], weights [R, C], and the experts' stacks.
+        routings: of each lane, to what `target` returns, 2n.
+        arrays: each lane's rows [R, D], their weights [R, C], and the experts' stacks.
     """
-    x, weights, *stacks = arrays
-    (R, C), D = weights.shape, x.shape[1]
-    E, n = stacks[0].shape[0], routing.sent.shape[0] // HALVES
-    row, routes = routing.in_round(k, room, weights, E, x.dtype)
-    # A row's routes lie along the lanes: as [.., 3C] they would be padded to 128.
-    routes = _there(routes.reshape(n, HALVES, room, 3 * C).swapaxes(2, 3), axis).swapaxes(2, 3)
+    xs, weights, *stacks = arrays
+    E, C, D, dtype = stacks[0].shape[0], weights[0].shape[1], xs[0].shape[1], xs[0].dtype
+    n = routings[0].sent.shape[0] // HALVES
+    rows, routes = [], []
+    for lane, routing, w in zip(lanes, routings, weights, strict=True):
+        row, theirs = routing.in_round(k, room, w, E, dtype)
+        rows.append(row)
+        # A row's routes lie along the lanes: as [.., 3C] they would be padded to 128.
+        theirs = _there(theirs.reshape(n, HALVES, room, 3 * C).swapaxes(2, 3), lane.axis).swapaxes(2, 3)
+        routes.append(theirs)
 
     def routes_of(halves: slice) -> tuple[jax.Array, jax.Array]:
-        return unpack(routes[:, halves].reshape(-1, 3 * C))
+        return unpack(jnp.concatenate([theirs[:, halves].reshape(-1, 3 * C) for theirs in routes]))
 
     if isinstance(k, int):
-        there, then = coming = [ring.Exchange([x[row[HALVES * d + h]] for d in range(n)], axis, 1) for h in (0, 1)]
+        there, then = coming = [
+            ring.Together(
+                ring.Exchange([x[row[HALVES * d + half]] for d in range(n)], lane.axis, 1)
+                for lane, row, x in zip(lanes, rows, xs, strict=True)
+            )
+            for half in (0, 1)
+        ]
         there.finish()
         there.chunks, then.arrays = lax.optimization_barrier((there.chunks, then.arrays))
         back, beside = [], then
@@ -78,27 +107,58 @@ def one_exchange(
             turn = Turn(begin, end - begin, beside)
             theirs = jnp.concatenate(exchange.chunks)
             done = moe(theirs, *routes_of(slice(half, half + 1)), *stacks, expected=-(-likely // HALVES), turn=turn)
-            beside = ring.Exchange(jnp.split(done, n), axis, -1)
+            beside = ring.Together(
+                ring.Exchange(jnp.split(part, n), lane.axis, -1)
+                for lane, part in zip(lanes, jnp.split(done, len(lanes)), strict=True)
+            )
             back.append(beside)
         beside.finish()
-        done = jnp.stack([jnp.stack(exchange.chunks) for exchange in back], axis=1)
+        done = [
+            jnp.stack([jnp.stack(together.exchanges[i].chunks) for together in back], axis=1) for i in range(len(lanes))
+        ]
     else:
-        theirs = _there(x[row].reshape(n, HALVES * room, D), axis)
-        done = moe(theirs.reshape(-1, D), *routes_of(slice(HALVES)), *stacks, expected=likely)
-        done = _back(done.reshape(n, HALVES * room, D), axis)
-    done = done.reshape(-1, D)  # by target and place in its order
+        theirs = [
+            _there(x[row].reshape(n, HALVES * room, D), lane.axis) for lane, row, x in zip(lanes, rows, xs, strict=True)
+        ]
+        done = moe(jnp.concatenate(theirs).reshape(-1, D), *routes_of(slice(HALVES)), *stacks, expected=likely)
+        done = [
+            _back(part.reshape(n, HALVES * room, D), lane.axis)
+            for lane, part in zip(lanes, jnp.split(done, len(lanes)), strict=True)
+        ]
+    # By target and place in its order.
+    shares = [
+        partial(_share, k * room, room, routing.at, part.reshape(-1, D))
+        for routing, part in zip(routings, done, strict=True)
+    ]
+    R = len(xs[0])
+    if R // lax.axis_size(lanes[0].along) % 2:
+        sums = [
+            lax.psum_scatter(share(0, R)[0], lane.along, scatter_dimension=0, tiled=True)
+            for lane, share in zip(lanes, shares, strict=True)
+        ]
+    else:
+        sums = ring.rows([(share, lane.along) for lane, share in zip(lanes, shares, strict=True)], R)
+        sums = [own[0] for own in sums]
+    return total + jnp.concatenate(sums)
 
-    def share(begin: jax.Array | int, rows: int) -> jax.Array:
-        """Sum what has come back for some rows."""
-        slots = lax.dynamic_slice_in_dim(routing.at, begin, rows, axis=1) - k * room
-        here = (slots >= 0) & (slots < room)
-        slots = jnp.clip(slots, 0, room - 1) + room * jnp.arange(HALVES * n, dtype=jnp.int32)[:, None]
-        each = done[slots.reshape(-1)].reshape(HALVES * n, rows, D).astype(jnp.float32)
-        return jnp.sum(jnp.where(here[:, :, None], each, 0), axis=0).astype(x.dtype)[None]
 
-    if total.shape[0] % 2:
-        return total + lax.psum_scatter(share(0, R)[0], along, scatter_dimension=0, tiled=True)
-    return total + ring.row(share, R, along)[0]
+def _share(
+    first: jax.Array | int, room: int, at: jax.Array, done: jax.Array, begin: jax.Array | int, rows: int
+) -> jax.Array:
+    """Sum what has come back for some rows; returns [1, rows, D].
+
+    Args:
+        first: number of the round's first slot; it has `room` for each target.
+        at: [targets, R], the rows' slots, see `Routing`.
+        done: [targets * room, D].
+        begin: the first of the rows, of all R.
+    """
+    targets = at.shape[0]
+    slots = lax.dynamic_slice_in_dim(at, begin, rows, axis=1) - first
+    here = (slots >= 0) & (slots < room)
+    slots = jnp.clip(slots, 0, room - 1) + room * jnp.arange(targets, dtype=jnp.int32)[:, None]
+    each = done[slots.reshape(-1)].reshape(targets, rows, -1).astype(jnp.float32)
+    return jnp.sum(jnp.where(here[:, :, None], each, 0), axis=0).astype(done.dtype)[None]
 
 
 def _there(chunks: jax.Array, axis: str) -> jax.Array:

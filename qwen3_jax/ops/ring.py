@@ -11,7 +11,7 @@ rows change places on a ring too, see `moe_ring`.
 Axis letters: B batch, t the local part of the length, n devices on the ring.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -88,11 +88,12 @@ def column(pieces: Pieces, product: Product, axis: str) -> jax.Array:
     return out
 
 
+Share = Callable[[jax.Array, int], jax.Array]
+"""(first row, rows) -> [B, rows, ...]: what this device's columns make of some of all rows."""
+
+
 def row(
-    share_of: Callable[[jax.Array, int], jax.Array],
-    length: int,
-    axis: str,
-    last: Callable[[jax.Array], jax.Array] = lambda share: share,
+    share_of: Share, length: int, axis: str, last: Callable[[jax.Array], jax.Array] = lambda share: share
 ) -> jax.Array:
     """Sum a layer's results over devices; returns the own part [B, t, ...] of the rows.
 
@@ -100,26 +101,39 @@ def row(
     The sums are in the shares' dtype.
 
     Args:
-        share_of: (first row, rows) -> [B, rows, ...], what this device's columns make of some of all rows.
+        share_of: what a device adds.
         length: n·t, all rows.
         last: the end of what makes a share. It is done once the sum has come: schedulers that think a short product
             hides the sending start to send right in front of it, and behind the longer work.
     """
-    n, me, half = lax.axis_size(axis), lax.axis_index(axis), length // lax.axis_size(axis) // 2
+    return rows([(share_of, axis)], length, last)[0]
 
-    def share(me: jax.Array, whose: int, first: int) -> jax.Array:
-        return share_of(lax.rem(me + whose + 2 * n, n) * 2 * half + first, half)
 
-    ahead, behind = last(share(me, -1, 0)), last(share(me, 1, half))
+def rows(
+    lanes: Sequence[tuple[Share, str]], length: int, last: Callable[[jax.Array], jax.Array] = lambda share: share
+) -> list[jax.Array]:
+    """Do as `row` for several sums, each over an axis of its own, at the same time; the axes are of one size."""
+    n = lax.axis_size(lanes[0][1])
+    half = length // n // 2
+
+    def shares(me: Sequence[jax.Array], step: int) -> list[jax.Array]:
+        """Return for each lane what this device adds before a step's sending: ahead, behind."""
+        both = []
+        for (share_of, _), place in zip(lanes, me, strict=True):
+            for whose, first in ((-1 - step, 0), (1 + step, half)):
+                both.append(share_of(lax.rem(place + whose + 2 * n, n) * 2 * half + first, half))
+        return both
+
+    me = [lax.axis_index(axis) for _, axis in lanes]
+    sums = [last(share) for share in shares(me, 0)]
     for step in range(1, n):
         # The next shares are worked on from here until the sums have come, neither earlier nor, fused into the
         # addition, later: that is what hides the sending.
-        ahead, behind, me = lax.optimization_barrier((ahead, behind, me))
-        arriving = _shift(ahead, axis, n, 1), _shift(behind, axis, n, -1)
-        own = share(me, -1 - step, 0), share(me, 1 + step, half)
-        *arrived, a, b = lax.optimization_barrier((*arriving, *own))
-        ahead, behind = arrived[0] + last(a), arrived[1] + last(b)
-    return jnp.concatenate([ahead, behind], axis=1)
+        sums, me = lax.optimization_barrier((sums, me))
+        arriving = [_shift(sums[2 * i + j], axis, n, (1, -1)[j]) for i, (_, axis) in enumerate(lanes) for j in (0, 1)]
+        arrived, own = lax.optimization_barrier((arriving, shares(me, step)))
+        sums = [total + last(share) for total, share in zip(arrived, own, strict=True)]
+    return [jnp.concatenate(sums[2 * i : 2 * i + 2], axis=1) for i in range(len(lanes))]
 
 
 class Exchange:
@@ -160,6 +174,41 @@ class Exchange:
             self.chunks[d] = jnp.concatenate([first, second])
         else:
             self.chunks[d * self._way % n], self.chunks[-d * self._way % n] = first, second
+
+
+class Together:
+    """Exchanges over rings of one size, hop by hop at the same time: over different axes they use different links."""
+
+    def __init__(self, exchanges: Iterable[Exchange]):
+        self.exchanges = list(exchanges)
+        self.loads = [sum(loads) for loads in zip(*(one.loads for one in self.exchanges), strict=True)]
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        return [array for one in self.exchanges for array in one.arrays]
+
+    @arrays.setter
+    def arrays(self, arrays: list[jax.Array]) -> None:
+        for i, one in enumerate(self.exchanges):
+            one.arrays = list(arrays[2 * i : 2 * i + 2])
+
+    @property
+    def chunks(self) -> list[jax.Array]:
+        return [chunk for one in self.exchanges for chunk in one.chunks]
+
+    @chunks.setter
+    def chunks(self, chunks: Sequence[jax.Array]) -> None:
+        n = len(chunks) // len(self.exchanges)
+        for i, one in enumerate(self.exchanges):
+            one.chunks = list(chunks[i * n : (i + 1) * n])
+
+    def hop(self) -> None:
+        for one in self.exchanges:
+            one.hop()
+
+    def arrive(self) -> None:
+        for one in self.exchanges:
+            one.arrive()
 
     def finish(self) -> None:
         """Make all hops, with nothing between."""

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from qwen3_jax.config import ConfigError, Qwen3Config
 from qwen3_jax.ops import for_platform
@@ -27,6 +28,7 @@ from qwen3_jax.plan.cost import Cost, walk
 from qwen3_jax.plan.meshes import Candidate, floor_s, problems, rank
 from qwen3_jax.plan.programs import PHASES, bytes_per_device, programs, rows_of
 from qwen3_jax.plan.result import Memory, Plan, PlanError, Refused, Step, mesh_name, none_fits
+from qwen3_jax.plan.wires import places_of
 from qwen3_jax.sharding import ShardingError, make_mesh, parse_mesh
 
 # Without the first, libtpu asks a metadata server that only Google's machines have; without the second, a second
@@ -84,9 +86,9 @@ def devices_of(found: Topology) -> list[Any]:
 
 
 def compiled(
-    lower: Callable[[], jax.stages.Lowered], found: Topology, *, hlo_file: Path | None = None
+    lower: Callable[[], jax.stages.Lowered], found: Topology, mesh: Mesh, *, hlo_file: Path | None = None
 ) -> tuple[Cost, Any, float]:
-    """Lower and compile a program; return its cost, the compiler's account of its memory, and the seconds it took.
+    """Lower and compile a program for a mesh; return its cost, the compiler's account of its memory, and the seconds.
 
     Raises:
         PlanError: the compiler refuses, most often because the program does not fit; its first line.
@@ -103,7 +105,8 @@ def compiled(
     if hlo_file is not None:
         hlo_file.parent.mkdir(parents=True, exist_ok=True)
         hlo_file.write_text(text)
-    return walk(hlo.parse(text), found.chip, partitions=found.devices), program.memory_analysis(), seconds
+    cost = walk(hlo.parse(text), found.chip, partitions=found.devices, places=places_of(mesh.devices.flat))
+    return cost, program.memory_analysis(), seconds
 
 
 def compile_step(
@@ -122,7 +125,10 @@ def compile_step(
     mesh = make_mesh(**sizes, devices=devices_of(found))
     shape: dict[str, Any] = {"ops": ops, "dtype": dtype, "context": context}
     cost, analysis, seconds = compiled(
-        lambda: programs(config, mesh, phases=(phase,), batch=batch, **shape)[phase], found, hlo_file=hlo_file
+        lambda: programs(config, mesh, phases=(phase,), batch=batch, **shape)[phase],
+        found,
+        mesh,
+        hlo_file=hlo_file,
     )
     weights, cache = bytes_per_device(config, sizes, batch=batch, **shape)
     rows = rows_of(phase, sizes, batch)

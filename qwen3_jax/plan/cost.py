@@ -10,20 +10,23 @@ The rules, each with a test:
                Elementwise work is free.
     ICI        a ring per group of n chips with both directions in use (two links): all-reduce 2(n-1)/n of the array,
                all-gather, reduce-scatter (n-1)/n; all-to-all travels n/4 hops; a group of two has one link, and so
-               has a permute: two permutes in opposite directions run at once. GPUs send the same bytes through a
-               switch, over all their links. No latency.
+               has a permute: two permutes in opposite directions run at once. So do collectives along different axes
+               of the torus, where the program's devices are known: they use different wires. GPUs send the same bytes
+               through a switch, over all their links. No latency.
     control    loop bodies times their trip count, once if that is known at run time only, never if the program says by
                the loop's name that it is not expected to run (`moe.UNLIKELY`); conditionals at their dearest branch.
     Pallas     kernels cost what their CostEstimate says. Splash attention has none and is counted, see `kernels`; any
                other without one is billed for its operands and results and listed in `unpriced`.
-    schedule   instructions run in order. HBM, MXU and ICI are one pipe each; asynchronous copies and collectives
-               occupy their pipe from -start and are waited for at -done; within a fusion the pipes overlap.
+    schedule   instructions run in order. HBM and MXU are one pipe each, and every link is one; asynchronous copies
+               and collectives occupy their pipes from -start and are waited for at -done; within a fusion the pipes
+               overlap. `ici_s` is that of the busiest link.
 
 This is a static model of one chip of an SPMD program. It knows no latency, no launch overhead, no vector unit, no
 partly filled matrix unit: its times are lower bounds for the program at hand.
 """
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 
 from qwen3_jax.ops.moe import UNLIKELY
@@ -33,6 +36,7 @@ from qwen3_jax.plan.hlo import Computation, Instruction, Module
 from qwen3_jax.plan.moves import Move, Origins, bind, moves, origin
 from qwen3_jax.plan.pricing import Prices
 from qwen3_jax.plan.schedule import Clock, Op, run
+from qwen3_jax.plan.wires import Places, Wire
 
 
 @dataclass
@@ -108,28 +112,28 @@ class Line:
     ici_s: float
 
 
-def walk(module: Module, chip: Chip, *, partitions: int) -> Cost:
-    """Price one step of a compiled module on one chip of `partitions`."""
-    walker = _Walker(module, chip, partitions)
+def walk(module: Module, chip: Chip, *, partitions: int, places: Places = ()) -> Cost:
+    """Price one step of a compiled module on one chip of `partitions`; without places all links are of one axis."""
+    walker = _Walker(module, chip, partitions, places)
     entry = module.entry
     origins: Origins = {p.name: (number,) for number, p in enumerate(entry.parameters)}
     ops = walker.computation(entry, origins, times=1)
     clock = Clock()
     run(ops, clock, chip)
     cost = walker.cost
-    cost.ici_s = walker.ici_s[None] + max(walker.ici_s[True], walker.ici_s[False])
+    cost.ici_s = max(walker.ici_s.values(), default=0.0)
     cost.hbm_s = cost.hbm_bytes / chip.hbm_bytes_s
     cost.schedule_s = clock.end
     return cost
 
 
 class _Walker:
-    def __init__(self, module: Module, chip: Chip, partitions: int):
+    def __init__(self, module: Module, chip: Chip, partitions: int, places: Places):
         self.module, self.chip = module, chip
-        self.prices = Prices(module, chip, partitions)
+        self.prices = Prices(module, chip, partitions, places)
         self.cost = Cost()
-        self.ici_s: dict[bool | None, float] = {None: 0.0, True: 0.0, False: 0.0}
-        """Seconds on the links, by direction."""
+        self.ici_s: Counter[Wire] = Counter()
+        """Seconds on each link."""
 
     def computation(self, computation: Computation, origins: Origins, *, times: int) -> list[Op]:
         """Price the instructions of a computation that runs `times` times in a step, and add them to the cost."""
@@ -153,7 +157,7 @@ class _Walker:
             cost.hbm_bytes += op.hbm_bytes * times
             cost.ici_bytes += op.ici_bytes * times
             cost.compute_s += op.compute_s * times
-            self.ici_s[op.forward] += op.ici_s * times
+            self.ici_s.update(dict.fromkeys(op.wires, op.ici_s * times))
             if op.kind is not None:
                 entry = cost.collectives.setdefault(op.kind, Collectives())
                 entry.count += times
@@ -207,7 +211,7 @@ class _Walker:
             branches = [instruction.called(f"{which}_computation") or "" for which in ("true", "false")]
         total, ici_s, priced = self.cost, self.ici_s, []
         for number, name in enumerate(branches):
-            self.cost, self.ici_s = Cost(), dict.fromkeys(ici_s, 0.0)
+            self.cost, self.ici_s = Cost(), Counter()
             body = self.module.computations[name]
             operand = instruction.operands[number + 1] if number + 1 < len(instruction.operands) else ""
             inner = {body.parameters[0].name: origins.get(operand, (None,))} if body.parameters else {}
@@ -216,7 +220,7 @@ class _Walker:
             run(ops, clock, self.chip)
             priced.append((clock.end, ops, self.cost, self.ici_s))
         _, _, dearest, links = max(priced, key=lambda p: p[0])
-        self.cost, self.ici_s = _sum(total, dearest), {way: ici_s[way] + links[way] for way in ici_s}
+        self.cost, self.ici_s = _sum(total, dearest), ici_s + links
         return Op(instruction, branches=[ops for _, ops, _, _ in priced])
 
 

@@ -3,7 +3,6 @@
 Pure functions of parsed HLO; `cost` adds them up.
 """
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -173,10 +172,3 @@ def _constant(module: Module, computation: Computation, value: Instruction) -> i
     if value.opcode == "constant" and value.arguments.lstrip("-").isdigit():
         return int(value.arguments)
     return None
-
-
-def goes_forward(instruction: Instruction, partitions: int) -> bool:
-    """Say whether a permute goes the shorter way round towards higher device numbers."""
-    pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs") or "")
-    ahead = sum(1 if (int(target) - int(source)) % partitions <= partitions // 2 else -1 for source, target in pairs)
-    return ahead >= 0

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+
 ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0} | {
     name: int(re.sub(r"\D", "", name.split("e")[0]))
     for name in (
@@ -312,17 +314,25 @@ def _array(text: str) -> Shape:
     return Shape(dtype, sizes, minor_to_major, tiles, int(space.group(1)) if space else HBM)
 
 
-def group_size(instruction: Instruction, partitions: int) -> int:
-    """Return how many devices take part in one group of a collective."""
+def group(instruction: Instruction, partitions: int) -> tuple[int, ...]:
+    """Return the devices of a collective's first group; all of its groups are alike."""
     text = instruction.attribute("replica_groups")
     if text is None or text.strip() in ("", "{}"):
-        return partitions
+        return tuple(range(partitions))
     if text.startswith("mesh["):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", text[: text.find("]")]))
-        chosen = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", text[text.find("]") :])  # an axis, or a part of one
-        return math.prod(int(part or sizes[axis]) for axis, part in chosen)
-    if match := re.match(r"\[(\d+),(\d+)\]<=", text):
-        return int(match.group(2))
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", text[: text.find("]")])}
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        chosen = {axis: [0] for axis in sizes}
+        # An axis, or a part of one, 'a':(how many parts are outside of it)size.
+        for axis, outer, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", text[text.find("]") :]):
+            count = int(part or sizes[axis])
+            stride = sizes[axis] // (int(outer or 1) * count)
+            chosen[axis] = [at + stride * i for at in chosen[axis] for i in range(count)]
+        return tuple(devices[np.ix_(*chosen.values())].flatten().tolist())
+    if match := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        (groups, size), dims, order = (tuple(int(n) for n in (part or "").split(",") if n) for part in match.groups())
+        devices = np.arange(groups * size).reshape(dims)
+        return tuple(devices.transpose(order or None).flatten()[:size].tolist())
     if match := re.match(r"\{\{([\d,]*)\}", text):
-        return len(match.group(1).split(","))
+        return tuple(int(n) for n in match.group(1).split(","))
     raise HloError(f"replica_groups of an unknown form: {text[:80]!r}")

@@ -11,13 +11,13 @@ from qwen3_jax.plan.counting import (
     conv_flops,
     dot_flops,
     filled,
-    goes_forward,
     in_place,
     root_leaf,
     size_like,
 )
-from qwen3_jax.plan.hlo import HBM, Computation, Instruction, Module, Shape, group_size, leaves
+from qwen3_jax.plan.hlo import HBM, Computation, Instruction, Module, Shape, group, leaves
 from qwen3_jax.plan.schedule import Op
+from qwen3_jax.plan.wires import Places, wires
 
 COLLECTIVES = (
     "all-reduce",
@@ -39,8 +39,8 @@ THROUGH = frozenset(["copy", "transpose", "reshape", "bitcast", "convert"])
 class Prices:
     """The prices of one module's instructions on one chip of `partitions`, asked for in the order in which they run."""
 
-    def __init__(self, module: Module, chip: Chip, partitions: int):
-        self.module, self.chip, self.partitions = module, chip, partitions
+    def __init__(self, module: Module, chip: Chip, partitions: int, places: Places):
+        self.module, self.chip, self.partitions, self.places = module, chip, partitions, places
         self._reads: dict[tuple[str, int], int | None] = {}
         self._open: set[str] = set()
         """Channels of asynchronous collectives that have started and are not waited for yet."""
@@ -175,7 +175,7 @@ class Prices:
                 sent = self._collective(body, inner, kind, False)
                 op.ici_bytes += sent.ici_bytes
                 op.ici_s += sent.ici_s
-                op.kind, op.forward = kind, sent.forward
+                op.kind, op.wires = kind, sent.wires
 
     def _read(self, body: Computation, index: int) -> int | None:
         """Return how many bytes of its parameter a fusion reads, None for all."""
@@ -239,7 +239,7 @@ class Prices:
         if starts and kind != "all-reduce":  # (operands, results, context)
             results = results[len(instruction.operands) :]
         result = sum(leaf.bytes for leaf in results)
-        n = group_size(instruction, self.partitions) if kind != "collective-permute" else 2
+        n = len(group(instruction, self.partitions)) if kind != "collective-permute" else 2
         whole = max(operands, result)
         if kind == "all-reduce":
             sent = ring = 2 * (n - 1) / n * whole
@@ -263,7 +263,7 @@ class Prices:
             ici_bytes=sent,
             ici_s=ring / (links * self.chip.link_bytes_s) if ring else 0.0,
             kind=kind,
-            forward=goes_forward(instruction, self.partitions) if kind == "collective-permute" else None,
+            wires=wires(instruction, self.partitions, self.places),
         )
 
     def _called(self, instruction: Instruction, key: str) -> Computation:

@@ -1,15 +1,16 @@
 """When the instructions of a compiled program run: an in-order walk over priced instructions.
 
-HBM, MXU and ICI are one pipe each. Asynchronous copies and collectives occupy their pipe from -start and are waited for
-at -done; within one instruction the pipes overlap.
+HBM and MXU are one pipe each, and so is every link, see `wires`. Asynchronous copies and collectives occupy their pipes
+from -start and are waited for at -done; within one instruction the pipes overlap.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qwen3_jax.plan.chips import Chip
 from qwen3_jax.plan.hlo import Instruction
+from qwen3_jax.plan.wires import Wire
 
 
 @dataclass
@@ -23,8 +24,8 @@ class Op:
     ici_bytes: float = 0.0
     ici_s: float = 0.0
     kind: str | None = None
-    forward: bool | None = None
-    """Of a permute: which way round it goes; None if both directions are in use."""
+    wires: frozenset[Wire] = frozenset()
+    """Of a collective: which links are in use."""
     waits_for: str | None = None
     starts_as: str | None = None
     """Set if the pipes work on after the instruction; the name under which it is waited for."""
@@ -34,22 +35,23 @@ class Op:
     """Why its cost is not all here."""
 
 
-PIPES = ("hbm", "mxu", "ici", "back")
-
-
 @dataclass
 class Clock:
     now: float = 0.0
-    hbm: float = 0.0
-    mxu: float = 0.0
-    ici: float = 0.0
-    back: float = 0.0
-    """The links of the other direction: a permute uses one direction, all other collectives both."""
+    pipes: dict[str | Wire, float] = field(default_factory=dict)
+    """When each pipe that was in use is free: "hbm", "mxu", and the links."""
     done: dict[str, float] = field(default_factory=dict)
 
     @property
     def end(self) -> float:
-        return max(self.now, self.hbm, self.mxu, self.ici, self.back)
+        return max(self.now, *self.pipes.values()) if self.pipes else self.now
+
+    def occupy(self, pipes: Iterable[str | Wire], seconds: float) -> float:
+        """Occupy some pipes together from when all are free; returns until when."""
+        pipes = list(pipes)
+        end = max(self.now, *(self.pipes.get(pipe, 0.0) for pipe in pipes)) + seconds
+        self.pipes.update(dict.fromkeys(pipes, end))
+        return end
 
 
 def run(ops: Sequence[Op], clock: Clock, chip: Chip) -> None:
@@ -64,33 +66,26 @@ def run(ops: Sequence[Op], clock: Clock, chip: Chip) -> None:
                 steady = clock.now - before
             skipped = steady * max(trips - 2, 0)
             clock.now += skipped
-            for pipe in PIPES:
-                setattr(clock, pipe, getattr(clock, pipe) + skipped)
+            clock.pipes = {pipe: end + skipped for pipe, end in clock.pipes.items()}
         elif op.branches is not None:
             outcomes = []
             for branch in op.branches:
-                outcome = dataclasses.replace(clock, done=dict(clock.done))
+                outcome = dataclasses.replace(clock, pipes=dict(clock.pipes), done=dict(clock.done))
                 run(branch, outcome, chip)
                 outcomes.append(outcome)
             worst = max(outcomes, key=lambda c: c.now)
-            clock.now = worst.now
-            for pipe in PIPES:
-                setattr(clock, pipe, getattr(worst, pipe))
+            clock.now, clock.pipes = worst.now, worst.pipes
         else:
             if op.waits_for is not None:
                 clock.now = max(clock.now, clock.done.pop(op.waits_for, clock.now))
             ends = [clock.now]
-            links = {None: ("ici", "back"), True: ("ici",), False: ("back",)}[op.forward]
             for pipes, seconds in (
                 (("hbm",), op.hbm_bytes / chip.hbm_bytes_s),
                 (("mxu",), op.compute_s),
-                (links, op.ici_s),
+                (op.wires, op.ici_s),
             ):
                 if seconds:
-                    end = max(clock.now, *(getattr(clock, pipe) for pipe in pipes)) + seconds
-                    for pipe in pipes:
-                        setattr(clock, pipe, end)
-                    ends.append(end)
+                    ends.append(clock.occupy(pipes, seconds))
             if op.starts_as is not None:
                 clock.done[op.starts_as] = max(ends)
             else:

@@ -126,7 +126,7 @@ def compile_step(
     """
     mesh = make_mesh(**sizes, devices=devices_of(found) if devices is None else devices)
     step = step_on(config, mesh, policy, dtype)
-    cost, analysis, seconds = compiled(lambda: step.lower(1, batch, context), found, hlo_file=hlo_file)
+    cost, analysis, seconds = compiled(lambda: step.lower(1, batch, context), found, mesh, hlo_file=hlo_file)
     state = step.abstract_state()
     weights, optimizer = bytes_of(state["params"]), bytes_of(state["opt"])
     flops = model_flops(config, batch, context) / found.devices
