@@ -460,29 +460,44 @@ class Bench:
         self.results["host"]["scheduler_p50_s"] = scheduler_cost(32)
 
     def logprobs(self) -> None:
-        """What log-probabilities cost, with 5 alternatives: of answers, per step of 16 rows, and of a prompt, its
-        TTFT."""
+        """What log-probabilities cost, with 5 alternatives: of answers, per step of 16 rows; of a prompt of 512 tokens,
+        the step that 15 rows take beside a chunk of it, and its TTFT when it is alone."""
         from qwen3_jax.engine.observer import Observer
 
         target = self.ours("logprobs", Observer(), rows=ROWS, prefix_cache=False)
-        steps: dict[str, list[float]] = {"without": [], "with": []}
-        first: dict[str, list[float]] = {"without": [], "with": []}
+        seconds: dict[str, dict[str, list[float]]] = {
+            part: {"without": [], "with": []} for part in ("step", "beside", "prompt")
+        }
         for seed in range(2 if self.args.quick else 5):
             self.note(f"log-probabilities, {seed}")
             for name, asked in (("without", None), ("with", 5)):
                 some = jobs(ROWS, prefix=0, own=16, tokens=33, seed=seed)
                 traces = asyncio.run(closed_loop(target, [replace(job, logprobs=asked) for job in some], ROWS))
                 begun = max(trace.deliveries[0][0] for trace in traces)
-                steps[name] += [gap for trace in traces for gap in trace.gaps(since=begun)]
-                long = jobs(1, prefix=0, own=512, tokens=1, seed=100 + seed)[0]
-                first[name].append(asyncio.run(target.ask(replace(long, prompt_logprobs=asked))).first_s)
+                seconds["step"][name] += [gap for trace in traces for gap in trace.gaps(since=begun)]
+                long = replace(jobs(1, prefix=0, own=512, tokens=1, seed=100 + seed)[0], prompt_logprobs=asked)
+                seconds["prompt"][name].append(asyncio.run(target.ask(long)).first_s)
+                seconds["beside"][name] += asyncio.run(self._gaps_beside(target, long, seed))
         target.close()
         medians = {
-            f"{k}_{name}_s": statistics.median(v[name]) for k, v in (("step", steps), ("prompt", first)) for name in v
+            f"{part}_{name}_s": statistics.median(found)
+            for part, both in seconds.items()
+            for name, found in both.items()
         }
         self.results["logprobs"] = medians | {
-            f"{k}_ratio": medians[f"{k}_with_s"] / medians[f"{k}_without_s"] for k in ("step", "prompt")
+            f"{part}_ratio": medians[f"{part}_with_s"] / medians[f"{part}_without_s"] for part in seconds
         }
+
+    async def _gaps_beside(self, target: Target, job: Job, seed: int) -> list[float]:
+        """Return seconds per token of rows that decode while a job's prompt is prefilled."""
+        traces = [Trace() for _ in range(ROWS - 1)]
+        some = jobs(len(traces), prefix=0, own=16, tokens=80, seed=200 + seed)
+        asked = [asyncio.create_task(target.ask(job, trace)) for job, trace in zip(some, traces, strict=True)]
+        while any(not trace.deliveries for trace in traces):
+            await asyncio.sleep(0.005)
+        trace = await target.ask(job)
+        await asyncio.gather(*asked)
+        return [gap for other in traces for gap in other.gaps(trace.sent, trace.deliveries[0][0])]
 
     def run(self) -> None:
         for name in PARTS:
@@ -562,7 +577,11 @@ def table(results: dict[str, Any]) -> str:
             ("inter-token p99 beside a 4k prefill over p50 without", f"{r['ratio']:.2f}: {times}", AIMS["interference"])
         )
     if r := results.get("logprobs"):
-        for name, what in (("step", "step of 16 rows"), ("prompt", "TTFT of 512 tokens")):
+        for name, what in (
+            ("step", "step of 16 rows"),
+            ("beside", "step of 15 rows beside a prompt"),
+            ("prompt", "TTFT of a prompt of 512 tokens, alone,"),
+        ):
             times = f"{r[f'{name}_with_s'] * 1e3:.0f} over {r[f'{name}_without_s'] * 1e3:.0f} ms"
             rows.append(
                 (f"{what} with log-probabilities over without", f"{r[f'{name}_ratio']:.2f}: {times}", AIMS["logprobs"])

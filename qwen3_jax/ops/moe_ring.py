@@ -78,68 +78,100 @@ def one_exchange(
         arrays: each lane's rows [R, D], their weights [R, C], and the experts' stacks.
     """
     xs, weights, *stacks = arrays
-    E, C, D, dtype = stacks[0].shape[0], weights[0].shape[1], xs[0].shape[1], xs[0].dtype
-    n = routings[0].sent.shape[0] // HALVES
-    rows, routes = [], []
-    for lane, routing, w in zip(lanes, routings, weights, strict=True):
-        row, theirs = routing.in_round(k, room, w, E, dtype)
-        rows.append(row)
+    E, dtype = stacks[0].shape[0], xs[0].dtype
+    chosen, routes = [], []
+    for lane, routing, x, w in zip(lanes, routings, xs, weights, strict=True):
+        row, packed = routing.in_round(k, room, w, E, dtype)
+        chosen.append(lambda targets, x=x, row=row: x[row[targets]])
+        n = len(row) // HALVES
         # A row's routes lie along the lanes: as [.., 3C] they would be padded to 128.
-        theirs = _there(theirs.reshape(n, HALVES, room, 3 * C).swapaxes(2, 3), lane.axis).swapaxes(2, 3)
-        routes.append(theirs)
-
-    def routes_of(halves: slice) -> tuple[jax.Array, jax.Array]:
-        return unpack(jnp.concatenate([theirs[:, halves].reshape(-1, 3 * C) for theirs in routes]))
-
-    if isinstance(k, int):
-        there, then = coming = [
-            ring.Together(
-                ring.Exchange([x[row[HALVES * d + half]] for d in range(n)], lane.axis, 1)
-                for lane, row, x in zip(lanes, rows, xs, strict=True)
-            )
-            for half in (0, 1)
-        ]
-        there.finish()
-        there.chunks, then.arrays = lax.optimization_barrier((there.chunks, then.arrays))
-        back, beside = [], then
-        for half, exchange in enumerate(coming):
-            begin, end = (h * E // HALVES for h in (half, half + 1))
-            turn = Turn(begin, end - begin, beside)
-            theirs = jnp.concatenate(exchange.chunks)
-            done = moe(theirs, *routes_of(slice(half, half + 1)), *stacks, expected=-(-likely // HALVES), turn=turn)
-            beside = ring.Together(
-                ring.Exchange(jnp.split(part, n), lane.axis, -1)
-                for lane, part in zip(lanes, jnp.split(done, len(lanes)), strict=True)
-            )
-            back.append(beside)
-        beside.finish()
-        done = [
-            jnp.stack([jnp.stack(together.exchanges[i].chunks) for together in back], axis=1) for i in range(len(lanes))
-        ]
-    else:
-        theirs = [
-            _there(x[row].reshape(n, HALVES * room, D), lane.axis) for lane, row, x in zip(lanes, rows, xs, strict=True)
-        ]
-        done = moe(jnp.concatenate(theirs).reshape(-1, D), *routes_of(slice(HALVES)), *stacks, expected=likely)
-        done = [
-            _back(part.reshape(n, HALVES * room, D), lane.axis)
-            for lane, part in zip(lanes, jnp.split(done, len(lanes)), strict=True)
-        ]
+        packed = packed.reshape(n, HALVES, room, -1).swapaxes(2, 3)
+        routes.append(_there(packed, lane.axis).swapaxes(2, 3))
+    exchange = _in_halves if isinstance(k, int) else _at_once
     # By target and place in its order.
-    shares = [
-        partial(_share, k * room, room, routing.at, part.reshape(-1, D))
-        for routing, part in zip(routings, done, strict=True)
-    ]
-    R = len(xs[0])
+    done = exchange(moe, lanes, likely, chosen, routes, stacks)
+    R, shares = len(xs[0]), []
+    for routing, part in zip(routings, done, strict=True):
+        shares.append(partial(_share, k * room, room, routing.at, part.reshape(-1, part.shape[-1])))
     if R // lax.axis_size(lanes[0].along) % 2:
-        sums = [
+        own = [
             lax.psum_scatter(share(0, R)[0], lane.along, scatter_dimension=0, tiled=True)
             for lane, share in zip(lanes, shares, strict=True)
         ]
     else:
         sums = ring.rows([(share, lane.along) for lane, share in zip(lanes, shares, strict=True)], R)
-        sums = [own[0] for own in sums]
-    return total + jnp.concatenate(sums)
+        own = [part[0] for part in sums]
+    return total + jnp.concatenate(own)
+
+
+Chosen = Callable[[Any], jax.Array]
+"""The rows [.., room, D] that a lane sends to some targets, by their numbers."""
+
+
+def _in_halves(
+    moe: Callable[..., jax.Array],
+    lanes: Sequence[Lane],
+    likely: int,
+    chosen: Sequence[Chosen],
+    routes: Sequence[jax.Array],
+    stacks: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Send rows for the experts' first halves, then for their second; return each lane's results [n, 2, room, D].
+
+    Args:
+        moe, lanes, likely: as in `one_exchange`.
+        chosen: what each lane sends.
+        routes: [n, 2, room, 3C] of what each lane receives, see `pack`.
+        stacks: the experts.
+    """
+    n, E = len(routes[0]), len(stacks[0])
+    there, then = coming = [
+        ring.Together(
+            ring.Exchange([rows(HALVES * d + half) for d in range(n)], lane.axis, 1)
+            for lane, rows in zip(lanes, chosen, strict=True)
+        )
+        for half in (0, 1)
+    ]
+    there.finish()
+    there.chunks, then.arrays = lax.optimization_barrier((there.chunks, then.arrays))
+    back, beside = [], then
+    for half, exchange in enumerate(coming):
+        begin, end = (h * E // HALVES for h in (half, half + 1))
+        turn = Turn(begin, end - begin, beside)
+        theirs = _routes([part[:, half] for part in routes])
+        done = moe(jnp.concatenate(exchange.chunks), *theirs, *stacks, expected=-(-likely // HALVES), turn=turn)
+        beside = ring.Together(
+            ring.Exchange(jnp.split(part, n), lane.axis, -1)
+            for lane, part in zip(lanes, jnp.split(done, len(lanes)), strict=True)
+        )
+        back.append(beside)
+    beside.finish()
+    return [jnp.stack([jnp.stack(together.exchanges[i].chunks) for together in back], 1) for i in range(len(lanes))]
+
+
+def _at_once(
+    moe: Callable[..., jax.Array],
+    lanes: Sequence[Lane],
+    likely: int,
+    chosen: Sequence[Chosen],
+    routes: Sequence[jax.Array],
+    stacks: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Do what `_in_halves` does in one plain exchange."""
+    n, _, room, _ = routes[0].shape
+    theirs = [
+        _there(rows(slice(None)).reshape(n, HALVES * room, -1), lane.axis)
+        for lane, rows in zip(lanes, chosen, strict=True)
+    ]
+    rows = jnp.concatenate(theirs)
+    done = moe(rows.reshape(-1, rows.shape[-1]), *_routes(routes), *stacks, expected=likely)
+    parts = jnp.split(done.reshape(rows.shape), len(lanes))
+    return [_back(part, lane.axis).reshape(n, HALVES, room, -1) for lane, part in zip(lanes, parts, strict=True)]
+
+
+def _routes(packed: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Unpack the routes of all lanes, one lane's after the other's."""
+    return unpack(jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in packed]))
 
 
 def _share(
