@@ -12,8 +12,8 @@ The rules, each with a test:
                all-gather, reduce-scatter (n-1)/n; all-to-all travels n/4 hops; a group of two has one link, and so
                has a permute: two permutes in opposite directions run at once. So do collectives along different axes
                of the torus, where the program's devices are known: they use different wires. GPUs send the same bytes
-               through a switch, over all their links. No latency, and every ring is closed, though in slices smaller than
-               a pod (v5p: than 4x4x4) the ends of an axis are not joined.
+               through a switch, over all their links. No latency, and every ring is closed, though in slices smaller
+               than a pod (v5p: than 4x4x4) the ends of an axis are not joined.
     control    loop bodies times their trip count, once if that is known at run time only, never if the program says by
                the loop's name that it is not expected to run (`moe.UNLIKELY`); conditionals at their dearest branch.
     Pallas     kernels cost what their CostEstimate says. Splash attention has none and is counted, see `kernels`; any
