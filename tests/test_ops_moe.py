@@ -554,3 +554,15 @@ def test_gpu_compiles_for_h100():
     jax.jit(slopes).lower(*arguments).compile()
     ours, xlas = (jax.jit(f).lower(*arguments).compile() for f in (moe_gpu.moe, moe.grouped))
     assert temporaries(ours) < 128 * 2**20 < 1024 * 2**20 < temporaries(xlas)
+
+
+@pytest.mark.parametrize("rows", [64, 512, 3200, 4096, 6400])
+def test_tiles_are_as_many_as_a_fair_router_fills_and_as_high_as_wastes_least(rows):
+    """Against routers drawn by lot: each row is one of an expert's with a chance of 8 in 128."""
+    drawn = np.random.default_rng(rows).binomial(rows, 8 / 128, 100_000)
+    multiplied = {}
+    for height in range(128, 257, 16):
+        tiles = np.mean(-(-drawn // height))
+        assert moe_tpu_tiles.expected_tiles(rows * 8 / 128, height) == pytest.approx(tiles, rel=0.03)
+        multiplied[height] = height * tiles
+    assert multiplied[moe_tpu_tiles.best_height(rows * 8 / 128)] <= 1.02 * min(multiplied.values())

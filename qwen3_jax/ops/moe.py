@@ -35,7 +35,7 @@ class Turn(NamedTuple):
 
 
 class Transfer(Protocol):
-    """Rows on their way to other devices, see `ring.Exchange`."""
+    """Rows on their way to other devices, see `ring.Together`."""
 
     loads: list[int]
     """What each hop moves, in rows."""
