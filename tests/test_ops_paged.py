@@ -78,6 +78,32 @@ def test_a_chunk_equals_the_dense_cache(T, kept):
         chex.assert_trees_all_close(actual, expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("start", [0, 120, 124, 504, 508, 632, 1012, 1016, 1192])
+def test_a_long_row_is_walked_to_its_end_in_blocks_of_two_widths(start):
+    """Ends before, at and behind the end of a narrow and of a wide block; what lies above is NaN."""
+    cache, dense = filled(3, 1, 300)
+    T = 2 * PAGE
+    q = draw(9, 1, T, N, H)
+    positions = start + jnp.arange(T)[None]
+    expected = jitted(plain.attend_cache)(q, dense, positions)
+    above = cache["table"][0, -(-(start + T) // PAGE) :]
+    poisoned = cache | {name: cache[name].at[:, above].set(jnp.nan).at[:, -1].set(jnp.nan) for name in "kv"}
+    chex.assert_trees_all_close(jitted(paged.attend_blocks)(q, poisoned, positions), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("page", [1, 48, 100, 128, 600])
+def test_blocks_of_a_walk_end_within_the_table(page):
+    """Narrow blocks behind wide ones, of pages that divide neither, reach no column twice and none too many."""
+    columns = -(-1300 // page)
+    cache = {name: draw(i, K, columns + 1, page, H) for i, name in enumerate("kv")}
+    cache["table"] = jnp.asarray(np.random.default_rng(page).permutation(columns)[None], jnp.int32)
+    q = draw(9, 1, 3, N, H)
+    for last in (3, 127, 128, 700, 1024, 1100, columns * page):
+        positions = jnp.arange(last - 3, last)[None]
+        expected = jitted(paged.attend_gathered)(q, cache, positions)
+        chex.assert_trees_all_close(jitted(paged.attend_blocks)(q, cache, positions), expected, atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("kept", "nan"), [(jnp.float32, jnp.nan), (jnp.uint16, 0x7FC0)])
 def test_garbage_above_the_position_is_never_read(kept, nan):
     """Pages that held NaN, the scratch page included, and longer neighbours: not a bit of a row changes."""

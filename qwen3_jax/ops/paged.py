@@ -17,6 +17,7 @@ before somebody else gets them.
 Axis letters: B rows, T query length, K kv heads, G query heads of one of them, N = K*G, H head_dim, P pages, S slots.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ Layers = list[LayerCache]
 
 CACHE_AXES = {"k": "kv_heads slots slots head_dim", "v": "kv_heads slots slots head_dim"}
 DECODE_SLOTS = 512  # slots of all rows that a block of decoding gathers: small enough to stay in a core's cache
-PREFILL_SLOTS = 512
+PREFILL_SLOTS, LAST_SLOTS = 512, 128  # the same of a prompt, and of its blocks where no whole ones are left
 TPU_PAGES = 16  # pages of a row per block of the TPU's kernel
 GPU_PAGES, GPU_SPLITS = 8, 16  # the same for the GPU's, and the parts of a row that run side by side
 _MASKED = -1e30
@@ -122,18 +123,19 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
     B, T, N, H = q.shape
     K, _, page, _ = cache["k"].shape
     G = N // K
-    count = max(1, (DECODE_SLOTS // B if T == 1 else PREFILL_SLOTS) // page)  # pages of a row per block
-    size = count * page
-    table = _columns(cache, count)
+    counts = _pages_per_block(B, T, page)
+    table = _columns(cache, counts[0])
     queries = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, H)
     if T == 1 and cache["k"].dtype == jnp.uint16:
         queries = queries.astype(jnp.float32)
     last = jnp.max(positions, axis=1)
 
-    def block(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        largest, total, context = state
-        ids = lax.dynamic_slice_in_dim(table, i * count, count, axis=1)
-        slots = i * size + jnp.arange(size)
+    def block(count: int, _: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Take in the next `count` columns of the table."""
+        first, largest, total, context = state
+        size = count * page
+        ids = lax.dynamic_slice_in_dim(table, first, count, axis=1)
+        slots = first * page + jnp.arange(size)
         keys, values = (jnp.take(cache[name], ids, axis=1, mode="clip").reshape(K, B, size, H) for name in "kv")
         values = jnp.where((slots <= last[:, None])[None, :, :, None], values, 0)
         keys, values = (bits.numbers(a, queries.dtype).reshape(K * B, size, H) for a in (keys, values))
@@ -143,14 +145,30 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
         higher = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
         p, shrink = jnp.exp(scores - higher), jnp.exp(largest - higher)
         total = total * shrink + jnp.sum(p, axis=-1, keepdims=True)
-        return higher, total, context * shrink + _product(p.astype(values.dtype), values, 1)
+        return first + count, higher, total, context * shrink + _product(p.astype(values.dtype), values, 1)
 
     column = jnp.zeros((K * B, G * T, 1), jnp.float32)
-    state = (column + _MASKED, column, jnp.zeros((K * B, G * T, H), jnp.float32))
-    rounds = jnp.max(last) // size + 1 if table.shape[1] > count else 1
-    _, total, context = lax.fori_loop(0, rounds, block, state)
+    state = (jnp.int32(0), column + _MASKED, column, jnp.zeros((K * B, G * T, H), jnp.float32))
+    columns = jnp.max(last) // page + 1 if table.shape[1] > counts[-1] else 1
+    for count in counts:
+        left = columns - state[0]
+        rounds = left // count if count > counts[-1] else -(-left // count)
+        state = lax.fori_loop(0, rounds, functools.partial(block, count), state)
+    *_, total, context = state
     out = (context / total).reshape(K, B, G, T, H).transpose(1, 3, 0, 2, 4)
     return out.reshape(B, T, N, H).astype(q.dtype)
+
+
+def _pages_per_block(B: int, T: int, page: int) -> list[int]:
+    """Return the widths of a walk along the table, a multiple of the last one first.
+
+    Where whole blocks of a prompt end depends on the longest row, so several rows have one width.
+    """
+    if T == 1:
+        return [max(1, DECODE_SLOTS // B // page)]
+    last = max(1, LAST_SLOTS // page)
+    whole = max(1, PREFILL_SLOTS // LAST_SLOTS) * last
+    return [whole, last] if B == 1 and whole > last else [whole]
 
 
 def attend_tpu(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
