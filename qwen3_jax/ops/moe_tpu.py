@@ -16,7 +16,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.ops.moe import Turn, every, grouped, round_up
 from qwen3_jax.ops.moe_tpu_grad import gradients
-from qwen3_jax.ops.moe_tpu_tiles import add_slice, best_height, expected_tiles, in_hbm, owners, product, slice_width
+from qwen3_jax.ops.moe_tpu_tiles import (
+    add_slice,
+    best_height,
+    expected_tiles,
+    in_hbm,
+    owners,
+    probable,
+    product,
+    slice_width,
+)
 
 FEW_ROWS = 128  # the matrix unit takes as long for fewer
 
@@ -79,14 +88,12 @@ def swiglu(
     """
     M, D = rows.shape
     E, F, _ = gate_proj.shape
-    tiles, busy = likely
     width = slice_width(gate_proj)
     ends, owner = owners(tile, M // tile, sizes)
     begin, end = (0, E) if only is None else only
     skipped = ends[begin - 1] if begin else jnp.int32(0)
     itemsize = rows.dtype.itemsize
-    done = round(min(M // tile, tiles) * tile)
-    reads = min(busy, tiles) if width == F else min(M // tile, tiles)
+    done, reads = probable(M, tile, likely, whole=width == F)
     weights_bytes, row_bytes = 6 * width * D * gate_proj.dtype.itemsize, tile * D * (4 * itemsize + 2 * 4)
     vmem_bytes = weights_bytes + row_bytes + 4 * tile * width * 4 + 4 * 2**20
     up_spec = pl.BlockSpec((1, width, D), lambda i, f, owner, skipped: (owner[skipped[0] + i], f, 0))

@@ -10,7 +10,6 @@ lets in what pads a group, and states the cost of the whole buffer instead of th
 A row whose slope is zero throughout is padding, or might as well be: it adds nothing, whatever it holds, NaN included.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen3_jax.ops.moe_tpu_tiles import add_slice, in_hbm, owners, product, slice_width, widest
+from qwen3_jax.ops.moe_tpu_tiles import add_slice, in_hbm, owners, probable, product, slice_width, widest
 
 SUM_VMEM_BYTES = 24 * 2**20  # of one expert's gradient: the sum, and the result double buffered
 
@@ -61,7 +60,7 @@ def gradients(
     d_rows, d_gate, d_up, hidden = _slopes(
         tile, likely, interpret, sizes, rows, slope, *in_hbm(interpret, gate_proj, up_proj, down_proj)
     )
-    outer = partial(_outer, tile, likely[0], interpret, _visits(len(rows) // tile, sizes // tile))
+    outer = partial(_outer, tile, likely, interpret, _visits(len(rows) // tile, sizes // tile))
     pairs = ((d_gate, rows, gate_proj), (d_up, rows, up_proj), (slope, hidden, down_proj))
     return d_rows, *(outer(left, right, stack.dtype) for left, right, stack in pairs)
 
@@ -76,8 +75,7 @@ def _slopes(
     width = slice_width(gate_proj)
     ends, owner = owners(tile, M // tile, sizes)
     itemsize = rows.dtype.itemsize
-    done, busy = min(M // tile, math.ceil(likely[0])), likely[1]
-    reads = min(busy, done) if width == F else done
+    done, reads = probable(M, tile, likely, whole=width == F)
     weights_bytes = 6 * width * D * gate_proj.dtype.itemsize
     row_bytes = tile * D * (6 * itemsize + 3 * 4) + tile * width * (6 * itemsize + 8 * 4)
     up_spec = pl.BlockSpec((1, width, D), lambda i, f, owner: (owner[i], f, 0))
@@ -99,9 +97,9 @@ def _slopes(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=weights_bytes + row_bytes + 4 * 2**20
         ),
         cost_estimate=pl.CostEstimate(
-            flops=10 * done * tile * D * F,
-            bytes_accessed=3 * done * tile * (D + F) * itemsize + 3 * reads * D * F * gate_proj.dtype.itemsize,
-            transcendentals=done * tile * F,
+            flops=10 * done * D * F,
+            bytes_accessed=3 * done * (D + F) * itemsize + round(3 * reads * D * F) * gate_proj.dtype.itemsize,
+            transcendentals=done * F,
         ),
         interpret=interpret,
         name="grouped_swiglu_slopes",
@@ -143,14 +141,20 @@ def _visits(tiles: int, counts: jax.Array) -> Visits:
 
 
 def _outer(
-    tile: int, likely: float, interpret: bool, visits: Visits, left: jax.Array, right: jax.Array, dtype: jnp.dtype
+    tile: int,
+    likely: tuple[float, int],
+    interpret: bool,
+    visits: Visits,
+    left: jax.Array,
+    right: jax.Array,
+    dtype: jnp.dtype,
 ) -> jax.Array:
     """Sum each expert's outer products: left [M, N], right [M, K] -> [E, N, K], zero for an expert without rows."""
     (M, N), K = left.shape, right.shape[1]
     E = len(visits.tiles)
     width = widest(K, N * (4 + 2 * dtype.itemsize), SUM_VMEM_BYTES)
     itemsize = left.dtype.itemsize
-    done = min(M // tile, math.ceil(likely)) * tile
+    done, _ = probable(M, tile, likely, whole=True)
     sum_bytes = N * width * (2 * 4 + 2 * dtype.itemsize)
     row_bytes = tile * (N + width) * (2 * itemsize + 2 * 4)
     return pl.pallas_call(

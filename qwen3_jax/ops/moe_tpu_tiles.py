@@ -34,6 +34,17 @@ def best_height(mean: float) -> int:
     return min(range(256, 127, -16), key=lambda height: height * expected_tiles(mean, height))
 
 
+def probable(M: int, tile: int, likely: tuple[float, int], *, whole: bool) -> tuple[int, float]:
+    """Return how many of M rows a kernel probably multiplies, and how many experts it reads, for its cost estimate.
+
+    Args:
+        likely: how many tiles and experts are expected to hold rows.
+        whole: whether it holds an expert while its tiles last; else it reads one per tile.
+    """
+    tiles, busy = min(M // tile, likely[0]), likely[1]
+    return round(tiles * tile), min(busy, tiles) if whole else tiles
+
+
 def owners(tile: int, tiles: int, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return before which tile each group ends, and whose each of the tiles is; of groups that are whole tiles."""
     ends = jnp.cumsum(sizes) // tile
