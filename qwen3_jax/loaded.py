@@ -38,6 +38,7 @@ class LoadedModel:
         defaults: of generation_config.json; without one decoding is greedy.
         dtype: of activations.
         ops: the formulation the arrays are laid out for.
+        prompt_ops: the one for few rows of many tokens: on a mesh, of the "prefill" rules and the same weights.
         mesh, rules: where the arrays lie, if they are spread over devices.
         load_s: seconds that loading took.
         backbone: the network alone, without lm_head: it embeds, and cannot generate.
@@ -51,6 +52,7 @@ class LoadedModel:
     defaults: SamplingParams
     dtype: Any
     ops: Ops
+    prompt_ops: Ops
     mesh: Mesh | None
     rules: Rules | None
     load_s: float
@@ -102,13 +104,13 @@ def load_model(
     stored = None if param_dtype == "file" else param_dtype or dtype
     if mesh is None:
         devices = rules = None
-        ops = for_platform(jax.default_backend())
+        ops = prompt_ops = for_platform(jax.default_backend())
         config, params = found.config, found.load(dtype=stored, progress=progress)
     else:
         devices, rules = make_mesh(**parse_mesh(mesh), devices=None), RULES["serve"]
         # The CPU's own formulation is for one device.
-        ops = XLA if jax.default_backend() == "cpu" else for_platform(jax.default_backend())
-        ops = on_mesh(ops, devices, rules)
+        local = XLA if jax.default_backend() == "cpu" else for_platform(jax.default_backend())
+        ops, prompt_ops = on_mesh(local, devices, rules), on_mesh(local, devices, RULES["prefill"])
         config, params = load_sharded(
             folder, devices, rules, dtype=dtype, param_dtype=param_dtype, ops=ops, backbone=backbone, progress=progress
         )
@@ -121,6 +123,7 @@ def load_model(
         defaults=defaults,
         dtype=jnp.dtype(dtype),
         ops=ops,
+        prompt_ops=prompt_ops,
         mesh=devices,
         rules=rules,
         load_s=time.perf_counter() - began,

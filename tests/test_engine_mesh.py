@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from qwen3_jax.engine.engine import Engine
 from qwen3_jax.engine.lockstep import LOST_EXIT, Leader, pack, unpack
@@ -28,7 +30,7 @@ EACH = [SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    write(path, moe=True, num_hidden_layers=1, num_experts=4, num_key_value_heads=4)
+    write(path, moe=True, num_hidden_layers=1, num_experts=8, num_key_value_heads=4)
     return path
 
 
@@ -52,6 +54,24 @@ def test_eight_devices_say_what_one_says(folder, tmp_path_factory):
     assert engine.device.compiles == compiled
     pages = engine.device.cache[0]["k"]
     assert pages.sharding.shard_shape(pages.shape)[0] == 2  # of 4 heads
+
+
+@pytest.mark.parametrize("mesh", ["expert=4,model=2", "data=2,expert=2,model=2"])
+def test_a_prompt_in_chunks_over_a_mesh_has_transformers_hidden_states(mesh, folder):
+    """A chunk's tokens split over the devices: a whole chunk, and one in whose bucket half is padding."""
+    device = Engine(load_model(folder, dtype="float32", mesh=mesh), OPTIONS).device
+    ids = np.arange(3, 41, dtype=np.int32) * 7
+    table = np.full(device.columns, device.pages, np.int32)
+    table[:5] = [4, 1, 3, 0, 2]
+    hidden = []
+    for start in (0, 32):
+        device.prefill(table, ids[start : start + 32], start)
+        hidden.append(np.asarray(device._held["hidden"][0])[: len(ids[start : start + 32])])
+    with torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
+        expected = model(torch.from_numpy(ids)[None].long()).last_hidden_state[0].numpy()
+    np.testing.assert_allclose(np.concatenate(hidden), expected, atol=2e-5, rtol=0)
+    np.testing.assert_array_equal(device._held["last"][0][0], hidden[1][-1])
 
 
 def pair(folder, cache, *more: str) -> list[Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qwen3_jax.ops import paged, plain
+from qwen3_jax.sharding import RULES, make_mesh, spec
 
 N, K, H, PAGE = 4, 2, 16, 4
 update = jax.jit(plain.update_cache)
@@ -146,6 +147,22 @@ def test_a_step_writes_in_place(kept, name):
     assert kept == jnp.float32 or f"f32[{shape[4:]}" not in program.as_text()
 
 
+@pytest.mark.parametrize("rules", ["serve", "prefill"])
+@pytest.mark.parametrize(("rows", "T"), [(1, 16), (1, 6), (4, 8), (3, 1)])
+def test_a_mesh_attends_as_one_device(rows, T, rules):
+    """Rows or a chunk's tokens over `expert` and heads over `model`; what does not divide stays whole."""
+    mesh, table = make_mesh(expert=4, model=2), RULES[rules]
+    cache, _ = filled(5, rows, 7)
+    q, positions = draw(9, rows, T, N, H), jnp.asarray([[3], [0], [9], [6]])[:rows] + jnp.arange(T)
+    expected = jitted(paged.attend_gathered)(q, cache, positions)
+    ops = paged.paged(plain.XLA, platform="cpu", mesh=mesh, rules=table)
+    heads = jax.sharding.NamedSharding(mesh, spec("kv_heads slots slots head_dim", table))
+    spread = cache | {name: jax.device_put(cache[name], heads) for name in "kv"}
+    program: Any = jax.jit(functools.partial(ops.attend_cache, scale=0.3)).lower(q, spread, positions).compile()
+    chex.assert_trees_all_close(program(q, spread, positions), expected, atol=2e-6, rtol=0)
+    assert (rules, rows, T) != ("prefill", 1, 16) or f"f32[1,4,{N // 2},{H}]" in program.as_text()
+
+
 def test_the_gpus_kernel_reads_the_same_pages():
     """JAX's kernel, interpreted, with a table whose last columns it must not trust."""
     cache, _ = filled(1, 3, 7)
@@ -184,7 +201,7 @@ def test_a_decode_step_compiles_for_tpu(topology):
     from tests.tpu_programs import array, mesh_for
 
     mesh = mesh_for(topology)
-    rules = {"batch": (), "heads": ("x",), "kv_heads": ("x",), "slots": (), "head_dim": ()}
+    rules = {"batch": (), "length": (), "heads": ("x",), "kv_heads": ("x",), "slots": (), "head_dim": ()}
     ops = paged.paged(TPU, platform="tpu", mesh=mesh, rules=rules)
     at = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
     B, heads, kv_heads, head_dim, page, pages = 16, 16, 8, 128, 16, 1024

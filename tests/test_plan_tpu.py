@@ -12,13 +12,21 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from qwen3_jax import placement, sharding
 from qwen3_jax.config import Qwen3Config
+from qwen3_jax.engine.programs import Programs
+from qwen3_jax.model import declare, parameter_axes
 from qwen3_jax.ops import for_platform
+from qwen3_jax.ops.mesh import on_mesh
+from qwen3_jax.ops.paged import paged
 from qwen3_jax.plan import chips, compile, cost, hlo, programs, result
 from qwen3_jax.sampling_params import SamplingParams
-from qwen3_jax.sharding import make_mesh, parse_mesh
+from qwen3_jax.sharding import RULES, make_mesh, parse_mesh
+from qwen3_jax.steps import Steps
 from qwen3_jax.train import planning
 from tests.tpu_programs import CASES, compile_case
 
@@ -104,6 +112,39 @@ def test_a_prefill_of_one_prompt_uses_all_chips_and_no_head(name, slice_name, me
     # The head on 4096 positions alone would be 2 · V · D · 4096 / devices FLOPs, a layer or more.
     layers = 4096 * (config.flops_per_token(4096) - 2 * config.vocab_size * config.hidden_size) / devices
     assert step.cost.flops < 1.35 * layers
+
+
+def test_a_servers_chunk_is_split_over_all_chips_and_written_in_place():
+    """The engine's prefill call, 512 tokens of one prompt behind what its pages hold."""
+    config, found = shallow("Qwen3-30B-A3B"), chips.topology("v5e:4x4")
+    mesh, rules = make_mesh(expert=4, model=4, devices=compile.devices_of(found)), RULES["prefill"]
+    chunk, page, pages, dtype = 512, 16, 8192, jnp.dtype(jnp.bfloat16)
+    config = placement.for_mesh(config, mesh, rules)
+    ops = paged(on_mesh(for_platform("tpu"), mesh, rules), platform="tpu", mesh=mesh, rules=rules)
+    graphdef, params = declare(config, dtype=dtype, ops=ops)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def array(shape, dtype=jnp.int32, at=whole):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+
+    axes = sharding.shardings(parameter_axes(config, ops=ops), mesh, rules)
+    params = jax.tree.map(lambda leaf, at: array(leaf.shape, leaf.dtype, at), params, axes)
+    empty = jax.eval_shape(lambda: ops.init_cache(pages, page, config.num_key_value_heads, config.head_dim, dtype))
+    places = sharding.shardings([ops.cache_axes] * LAYERS, mesh, rules)
+    cache = [{name: array(empty[name].shape, dtype, layer[name]) for name in empty} for layer in places]
+    steps = Programs(Steps(graphdef, config, dtype, ops, (), -1), graphdef, 8, chunk)
+    prefill = jax.jit(steps.prefill, donate_argnums=1, out_shardings=(places, whole, whole))
+    arguments = params, cache, array((1, 4096 // page)), array((1, chunk)), array((1,)), array((1,))
+    with jax.set_mesh(mesh):
+        cost, memory, _ = compile.compiled(lambda: prefill.lower(*arguments), found, mesh)
+    assert cost.copied_bytes == 0
+    assert not cost.gathered
+    assert not cost.unpriced
+    assert (
+        memory.alias_size_in_bytes >= 2 * LAYERS * config.num_key_value_heads // 4 * pages * page * config.head_dim * 2
+    )
+    # The residual stream stays split: what is summed over all chips is statistics of the router, not activations.
+    assert cost.collectives["all-reduce"].bytes < chunk * config.hidden_size
 
 
 @pytest.mark.parametrize("policy", ["dots", "full"])

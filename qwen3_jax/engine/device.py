@@ -27,7 +27,7 @@ from qwen3_jax.model import declare
 from qwen3_jax.ops.paged import paged
 from qwen3_jax.request import Request, Requests
 from qwen3_jax.sampling_params import SamplingParams
-from qwen3_jax.sharding import spec
+from qwen3_jax.sharding import RULES, spec
 from qwen3_jax.steps import Emitted, State, Steps
 
 log = logging.getLogger("qwen3_jax.engine")
@@ -49,7 +49,9 @@ class Device:
         config, mesh = model.config, model.mesh
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         ops = paged(model.ops, platform=platform, mesh=mesh, rules=model.rules)
+        prompt_ops = paged(model.prompt_ops, platform=platform, mesh=mesh, rules=RULES["prefill"])
         graphdef, _ = declare(config, dtype=model.dtype, ops=ops)
+        prompts, _ = declare(config, dtype=model.dtype, ops=prompt_ops)
         tags = Requests(config, model.tokenizer).tags
         self.steps = Steps(
             graphdef,
@@ -70,7 +72,7 @@ class Device:
         # Gloo mixes the messages of programs that run side by side.
         self._one_by_one = jax.process_count() > 1 and platform == "cpu"
         self._programs: dict[tuple[Any, ...], Any] = {}
-        self._functions = Programs(self.steps, options.decode_tokens, options.chunk)
+        self._functions = Programs(self.steps, prompts, options.decode_tokens, options.chunk)
         empty = lambda pages: ops.init_cache(  # noqa: E731
             pages, options.page_tokens, config.num_key_value_heads, config.head_dim, self.steps.dtype
         )

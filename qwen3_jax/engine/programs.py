@@ -15,6 +15,7 @@ Axis letters: B rows, T tokens of a chunk, D hidden, V vocabulary, W = ceil(V/32
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ class Programs:
     """The functions to jit for one engine; `sampler` is static in each."""
 
     steps: Steps
+    prompts: nnx.GraphDef[Any]  # the network as a prefill runs it: on a mesh, with its activations split otherwise
     most: int  # most tokens per row and decode call
     chunk: int  # most tokens per prefill call
 
@@ -55,7 +57,7 @@ class Programs:
         Returns:
             the cache (donated), hidden [`chunk`, D], and hidden [1, D] of the last of `length` [1] tokens.
         """
-        model = nnx.merge(self.steps.graphdef, params)
+        model = nnx.merge(self.prompts, params)
         positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         hidden, layers = model(tokens, positions=positions, cache=paged.opened(cache, table))
         last = jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)[:, 0]

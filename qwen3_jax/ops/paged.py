@@ -239,7 +239,7 @@ def paged(ops: Ops, *, platform: str, mesh: Mesh | None = None, rules: Rules | N
         ops: the formulation of everything else.
         platform: as in `ops.for_platform`.
         mesh, rules: where the arrays lie, if they are spread. Every device has all pages of its heads and writes the
-            tokens of all rows; it attends for its own rows.
+            tokens of all rows; it attends for its own rows, or its own part of them.
     """
 
     def init_cache(pages: int, page_tokens: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
@@ -257,7 +257,11 @@ def _on_mesh(
     """Run the two on every device's own heads; see `paged`."""
     pages = {name: spec(axes, rules) for name, axes in CACHE_AXES.items()} | {"table": PartitionSpec()}
     heads = PartitionSpec(None, None, rules["kv_heads"] or None)
-    ways = math.prod(mesh.shape[axis] for axis in rules["batch"])
+
+    def even(name: str, size: int) -> tuple[str, ...] | None:
+        """Return the mesh axes that split an axis of this size; None if it does not divide, and stays whole."""
+        ways = math.prod(mesh.shape[axis] for axis in rules[name])
+        return (rules[name] or None) if size % ways == 0 else None
 
     def shard(function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
         return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
@@ -266,9 +270,9 @@ def _on_mesh(
         return shard(write, (pages, heads, heads, PartitionSpec()), pages)(cache, k, v, start)
 
     def attend_own(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
-        batch = (rules["batch"] or None) if q.shape[0] % ways == 0 else None
-        queries = PartitionSpec(batch, None, rules["heads"] or None)
-        ins = (queries, pages | {"table": PartitionSpec(batch)}, PartitionSpec(batch))
+        batch, length = even("batch", q.shape[0]), even("length", q.shape[1])
+        queries = PartitionSpec(batch, length, rules["heads"] or None)
+        ins = (queries, pages | {"table": PartitionSpec(batch)}, PartitionSpec(batch, length))
         return shard(lambda *args: read(*args, scale), ins, queries)(q, cache, positions)
 
     return update_all, attend_own
