@@ -56,7 +56,7 @@ def app(arguments: dict[str, Any]) -> Any:
         return build(settings)
 
     resources = {"TPU": settings.tpus} if settings.tpus else {}
-    replica = serve.deployment(
+    replica: Any = serve.deployment(
         serve.ingress(routes)(),
         name="qwen3-jax",
         max_ongoing_requests=1024,  # the engine queues, and refuses what is too much
