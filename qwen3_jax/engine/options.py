@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 CACHE_CONTEXT = 4096  # positions per row that the cache has room for unless told otherwise
 CHUNK_TOKENS = {"cpu": 64}
-BUSY_TOKENS = {"cpu": 4}
+BUSY_TOKENS = {"cpu": 5}
 
 
 class EngineOptionError(ValueError):
@@ -25,7 +25,7 @@ class EngineOptions:
             that they end after 0.2 s.
         busy_tokens: the same while a prompt of more than four chunks is prefilled. A chunk and a decode call take
             turns, so this many tokens share the chunk's time; fewer, the more prompts there are beside the rows that
-            decode. None is 4 on a CPU, where a chunk takes as long as several steps, 1 elsewhere, and never more than
+            decode. None is 5 on a CPU, where a chunk takes as long as several steps, 1 elsewhere, and never more than
             decode_tokens.
         max_waiting: most requests in the queue; more are refused.
         max_waiting_tokens: most prompt tokens in the queue; None is unlimited.

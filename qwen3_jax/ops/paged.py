@@ -20,7 +20,7 @@ Axis letters: B rows, T query length, K kv heads, G query heads of one of them, 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ from qwen3_jax.sharding import Rules, spec
 Layers = list[LayerCache]
 
 CACHE_AXES = {"k": "kv_heads slots slots head_dim", "v": "kv_heads slots slots head_dim"}
-DECODE_SLOTS = 512  # slots of all rows that a block of decoding gathers: small enough to stay in a core's cache
-PREFILL_SLOTS, LAST_SLOTS = 512, 128  # the same of a prompt, and of its blocks where no whole ones are left
+DECODE_ROWS, DECODE_SLOTS = 4, 128  # of a block of decoding: small enough to stay in a core's cache
+PREFILL_SLOTS, LAST_SLOTS = 512, 128  # of a block of a prompt, and of its blocks where no whole ones are left
 TPU_PAGES = 16  # pages of a row per block of the TPU's kernel
 GPU_PAGES, GPU_SPLITS = 8, 16  # the same for the GPU's, and the parts of a row that run side by side
 _MASKED = -1e30
@@ -121,54 +121,114 @@ def attend_blocks(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: 
     its largest score is not larger. So a row's result does not depend on how long the others are.
     """
     B, T, N, H = q.shape
-    K, _, page, _ = cache["k"].shape
-    G = N // K
-    counts = _pages_per_block(B, T, page)
-    table = _columns(cache, counts[0])
-    queries = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K * B, G * T, H)
+    K = cache["k"].shape[0]
+    some = _rows_together(B, T)
+    queries = q.reshape(B // some, some, T, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
+    queries = queries.reshape(B // some, K * some, N // K * T, H)
     if T == 1 and cache["k"].dtype == jnp.uint16:
         queries = queries.astype(jnp.float32)
-    last = jnp.max(positions, axis=1)
-
-    def block(count: int, _: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Take in the next `count` columns of the table."""
-        first, largest, total, context = state
-        size = count * page
-        ids = lax.dynamic_slice_in_dim(table, first, count, axis=1)
-        slots = first * page + jnp.arange(size)
-        keys, values = (jnp.take(cache[name], ids, axis=1, mode="clip").reshape(K, B, size, H) for name in "kv")
-        values = jnp.where((slots <= last[:, None])[None, :, :, None], values, 0)
-        keys, values = (bits.numbers(a, queries.dtype).reshape(K * B, size, H) for a in (keys, values))
-        scores = _product(queries, keys, 2).reshape(K, B, G, T, size) * jnp.float32(scale)
-        allowed = (slots <= positions[:, :, None])[None, :, None]
-        scores = jnp.where(allowed, scores, _MASKED).reshape(K * B, G * T, size)
-        higher = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
-        p, shrink = jnp.exp(scores - higher), jnp.exp(largest - higher)
-        total = total * shrink + jnp.sum(p, axis=-1, keepdims=True)
-        return first + count, higher, total, context * shrink + _product(p.astype(values.dtype), values, 1)
-
-    column = jnp.zeros((K * B, G * T, 1), jnp.float32)
-    state = (jnp.int32(0), column + _MASKED, column, jnp.zeros((K * B, G * T, H), jnp.float32))
-    columns = jnp.max(last) // page + 1 if table.shape[1] > counts[-1] else 1
-    for count in counts:
-        left = columns - state[0]
-        rounds = left // count if count > counts[-1] else -(-left // count)
-        state = lax.fori_loop(0, rounds, functools.partial(block, count), state)
-    *_, total, context = state
-    out = (context / total).reshape(K, B, G, T, H).transpose(1, 3, 0, 2, 4)
+    walk = _walk_rows if T == 1 else _walk_prompts
+    out = walk(queries, cache, positions.reshape(B // some, some, T), scale)
+    out = out.reshape(B // some, K, some, N // K, T, H).transpose(0, 2, 4, 1, 3, 5)
     return out.reshape(B, T, N, H).astype(q.dtype)
 
 
-def _pages_per_block(B: int, T: int, page: int) -> list[int]:
-    """Return the widths of a walk along the table, a multiple of the last one first.
+def _rows_together(B: int, T: int) -> int:
+    """Return how many rows go through their blocks together, as far as the longest of them: all rows of a prefill."""
+    return B if T > 1 else max(n for n in range(1, DECODE_ROWS + 1) if B % n == 0)
 
-    Where whole blocks of a prompt end depends on the longest row, so several rows have one width.
+
+def _walk_rows(queries: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+    """Attend with one token of each row, group after group of rows in one loop.
+
+    Args:
+        queries: [groups, K * rows, G, H].
+        positions: [groups, rows, 1].
     """
-    if T == 1:
-        return [max(1, DECODE_SLOTS // B // page)]
+    rows, page = positions.shape[1], cache["k"].shape[2]
+    count = max(1, DECODE_SLOTS // rows // page)
+    table = _columns(cache, count).reshape(*positions.shape[:2], -1)
+    rounds = jnp.max(positions, axis=(1, 2)) // (count * page) + 1
+    ends = jnp.cumsum(rounds)
+
+    def block(i: jax.Array, state: Softmax) -> Softmax:
+        group = jnp.sum(i >= ends, dtype=jnp.int32)
+        first = (i - ends[group] + rounds[group]) * count
+        q, at, columns, *mine = (
+            lax.dynamic_index_in_dim(a, group, keepdims=False) for a in (queries, positions, table, *state)
+        )
+        mine = _take_in(q, cache, columns, first, count, at, scale, Softmax(*mine))
+        return Softmax(*(lax.dynamic_update_index_in_dim(a, new, group, 0) for a, new in zip(state, mine, strict=True)))
+
+    state = lax.fori_loop(0, ends[-1], block, Softmax.empty(queries))
+    return state.context / state.total
+
+
+def _walk_prompts(queries: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
+    """Attend with several tokens of each row, [1, K * B, G * T, H] and [1, B, T], in blocks of two widths.
+
+    Where the whole blocks of a prompt end depends on the longest row, so several rows have one width. A block as wide
+    as the table would be gathered before the loop, and with the new keys and values at that, which copies the cache.
+    """
+    (queries,), (positions,) = queries, positions
+    page = cache["k"].shape[2]
     last = max(1, LAST_SLOTS // page)
     whole = max(1, PREFILL_SLOTS // LAST_SLOTS) * last
-    return [whole, last] if B == 1 and whole > last else [whole]
+    counts = [whole] if len(positions) > 1 else [whole, last] if cache["table"].shape[1] > whole else [last]
+    table = _columns(cache, counts[0])
+
+    def block(count: int, _: jax.Array, carry: tuple[jax.Array, Softmax]) -> tuple[jax.Array, Softmax]:
+        first, state = carry
+        return first + count, _take_in(queries, cache, table, first, count, positions, scale, state)
+
+    carry = jnp.int32(0), Softmax.empty(queries)
+    columns = jnp.max(positions) // page + 1 if table.shape[1] > counts[-1] else 1
+    for count in counts:
+        left = columns - carry[0]
+        rounds = left // count if count > counts[-1] else -(-left // count)
+        carry = lax.fori_loop(0, rounds, functools.partial(block, count), carry)
+    _, state = carry
+    return (state.context / state.total)[None]
+
+
+class Softmax(NamedTuple):
+    """A softmax under way, [..., 1] each and context [..., H], in float32."""
+
+    largest: jax.Array
+    total: jax.Array
+    context: jax.Array
+
+    @classmethod
+    def empty(cls, queries: jax.Array) -> "Softmax":
+        context = jnp.zeros(queries.shape, jnp.float32)
+        return cls(context[..., :1] + _MASKED, context[..., :1], context)
+
+
+def _take_in(
+    queries: jax.Array,
+    cache: LayerCache,
+    table: jax.Array,
+    first: jax.Array,
+    count: int,
+    positions: jax.Array,
+    scale: float,
+    state: Softmax,
+) -> Softmax:
+    """Take `count` columns of a table [B, columns], from `first` on, into softmaxes of queries [K * B, G * T, H]."""
+    (K, _, page, H), (B, T) = cache["k"].shape, positions.shape
+    size = count * page
+    ids = lax.dynamic_slice_in_dim(table, first, count, axis=1)
+    slots = first * page + jnp.arange(size)
+    keys, values = (jnp.take(cache[name], ids, axis=1, mode="clip").reshape(K, B, size, H) for name in "kv")
+    values = jnp.where((slots <= jnp.max(positions, axis=1)[:, None])[None, :, :, None], values, 0)
+    keys, values = (bits.numbers(a, queries.dtype).reshape(K * B, size, H) for a in (keys, values))
+    scores = _product(queries, keys, 2).reshape(K, B, -1, T, size) * jnp.float32(scale)
+    allowed = (slots <= positions[:, :, None])[None, :, None]
+    scores = jnp.where(allowed, scores, _MASKED).reshape(K * B, -1, size)
+    higher = jnp.maximum(state.largest, jnp.max(scores, axis=-1, keepdims=True))
+    p, shrink = jnp.exp(scores - higher), jnp.exp(state.largest - higher)
+    total = state.total * shrink + jnp.sum(p, axis=-1, keepdims=True)
+    return Softmax(higher, total, state.context * shrink + _product(p.astype(values.dtype), values, 1))
 
 
 def attend_tpu(q: jax.Array, cache: LayerCache, positions: jax.Array, scale: float) -> jax.Array:
