@@ -77,7 +77,7 @@ class Served:
         arg(
             metavar="N",
             help="tokens per decode call beside a long prompt",
-            help_behavior_hint="(default: 4 on a CPU, else 1)",
+            help_behavior_hint="(default: 5 on a CPU, else 1)",
         ),
     ] = None
 
