@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from qwen3_jax.engine.options import EngineOptions
+from qwen3_jax.engine.options import BUSY_TOKENS, CHUNK_TOKENS, EngineOptions
 
 if TYPE_CHECKING:
     from qwen3_jax.loaded import LoadedModel
@@ -67,7 +67,11 @@ class Served:
     page_tokens: Annotated[int, arg(metavar="N", help="tokens per page of it")] = EngineOptions.page_tokens
     chunk_tokens: Annotated[
         int | None,
-        arg(metavar="N", help="prompt tokens per prefill call", help_behavior_hint="(default: 64 on a CPU, else 512)"),
+        arg(
+            metavar="N",
+            help="prompt tokens per prefill call",
+            help_behavior_hint=f"(default: {CHUNK_TOKENS['cpu']} on a CPU, else 512)",
+        ),
     ] = None
     decode_tokens: Annotated[int, arg(metavar="N", help="most tokens per decode call when nobody waits")] = (
         EngineOptions.decode_tokens
@@ -77,7 +81,7 @@ class Served:
         arg(
             metavar="N",
             help="tokens per decode call beside a long prompt",
-            help_behavior_hint="(default: 5 on a CPU, else 1)",
+            help_behavior_hint=f"(default: {BUSY_TOKENS['cpu']} on a CPU, else 1)",
         ),
     ] = None
 
