@@ -17,7 +17,7 @@ from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops import plain
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.moe import UNLIKELY
-from qwen3_jax.plan import chips, compile, cost, fleet, hlo, meshes, programs, result, show
+from qwen3_jax.plan import chips, compile, cost, fleet, hlo, meshes, moves, programs, result, show
 from qwen3_jax.sampling_params import SamplingParams
 from tests.tpu_programs import CASES, FOLDER, MIB
 
@@ -537,6 +537,45 @@ def test_the_json_has_its_stable_keys():
     assert data["hbm_bytes_per_chip"]["total"] == sum(
         data["hbm_bytes_per_chip"][part] for part in ("weights", "cache", "temp", "code")
     )
+
+
+def test_what_a_step_does_to_weights_and_cache_has_their_names():
+    def step(params, cache, rows):
+        cache = [{"k": layer["k"].at[:, 0].set(rows)} for layer in cache]
+        return sum(jnp.sum(layer["k"] * params["layers"][0]["o_proj"]) for layer in cache), cache
+
+    big = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    rows = jax.ShapeDtypeStruct((256,), jnp.float32)
+    arguments = ({"layers": [{"o_proj": big}]}, [{"k": big}] * 3, rows)
+    for donated, wanted in (((1,), []), ((), [("not donated", "cache.*.k", 3, 3 * 256 * 256 * 4)])):
+        module = hlo.parse(jax.jit(step, donate_argnums=donated).lower(*arguments).compile().as_text())
+        assert moves.by_array(moves.not_donated(module)) == wanted
+        names = {moves.array_name(module, number) for number in range(5)}
+        assert names == {"params.layers.0.o_proj", "cache.0.k", "cache.1.k", "cache.2.k", "rows"}
+
+
+def test_copies_and_gathers_are_shown_by_array():
+    from rich.console import Console
+
+    def move(opcode, layer):
+        return moves.Move("x", opcode, layer, f"params.layers.{layer}.self_attn.o_proj", 1 << 20, 2, "")
+
+    plain = some_plan()
+    step = plain.steps["decode"]
+    found = dataclasses.replace(step.cost, moves=[move("copy", 0), move("copy", 7)], gathered=[move("all-gather", 1)])
+    plan = some_plan(steps={"decode": dataclasses.replace(step, cost=found)})
+    array = "params.layers.*.self_attn.o_proj"
+    assert json.loads(show.to_json([plan]))["step"]["decode"]["touched"] == [
+        {"what": "copy", "array": array, "count": 4, "bytes": 4 << 20},
+        {"what": "all-gather", "array": array, "count": 2, "bytes": 2 << 20},
+    ]
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(show.table(plan))
+    assert array in console.export_text()
+    assert array in show.page([plan])
+    clean = "no weight and no part of the cache is copied, sent or left undonated"
+    assert clean not in show.page([plan])
+    assert clean in show.page([plain])
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much():

@@ -34,7 +34,7 @@ from qwen3_jax.ops.moe import UNLIKELY
 from qwen3_jax.plan.chips import Chip
 from qwen3_jax.plan.counting import trip_count
 from qwen3_jax.plan.hlo import Computation, Instruction, Module
-from qwen3_jax.plan.moves import Move, Origins, bind, moves, origin
+from qwen3_jax.plan.moves import Move, Origins, bind, by_array, moves, not_donated, origin
 from qwen3_jax.plan.pricing import Prices
 from qwen3_jax.plan.schedule import Clock, Op, run
 from qwen3_jax.plan.wires import Places, Wire
@@ -63,6 +63,8 @@ class Cost:
     moves: list[Move] = field(default_factory=list)
     gathered: list[Move] = field(default_factory=list)
     """Parameters or cache arrays sent whole or in part over the ICI."""
+    not_donated: list[Move] = field(default_factory=list)
+    """What the step should overwrite and does not."""
     unpriced: list[str] = field(default_factory=list)
     """Kernels without CostEstimate: what the numbers above miss."""
     billed_once: list[str] = field(default_factory=list)
@@ -75,6 +77,10 @@ class Cost:
     @property
     def copied_bytes(self) -> int:
         return sum(move.bytes * move.times for move in self.moves)
+
+    def touched(self) -> list[tuple[str, str, int, int]]:
+        """Return what happens to weights and cache in the step that need not, see `moves.by_array`."""
+        return by_array([*self.moves, *self.gathered, *self.not_donated])
 
     @property
     def bound(self) -> str:
@@ -122,6 +128,7 @@ def walk(module: Module, chip: Chip, *, partitions: int, places: Places = ()) ->
     clock = Clock()
     run(ops, clock, chip)
     cost = walker.cost
+    cost.not_donated = not_donated(module)
     cost.ici_s = max(walker.ici_s.values(), default=0.0)
     cost.hbm_s = cost.hbm_bytes / chip.hbm_bytes_s
     cost.schedule_s = clock.end

@@ -1,10 +1,12 @@
 """Where a program's arguments go: which instructions copy, relayout, cut or send a parameter or a part of the cache.
 
 Every value is traced back to the entry parameter that it is or was moved from (`origin`); `moves` names what writes
-such a value to HBM once more, and what sends it to other chips.
+such a value to HBM once more, and what sends it to other chips; `not_donated` names what a step should overwrite and
+does not.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qwen3_jax.plan.counting import MOVES, filled, in_place, root_leaf, source_parameter
@@ -13,6 +15,9 @@ from qwen3_jax.plan.pricing import COLLECTIVES
 
 SMALL = 64 << 10
 """Moves of a parameter below this many bytes are not reported: norms, rope tables."""
+DONATED = ("cache", "state")
+"""Arguments, by the name of the program's own, that a step overwrites: the cache, and what training updates."""
+NOT_DONATED = "not donated"
 Origins = dict[str, tuple[int | None, ...]]
 """For each instruction, for each leaf of its result, the entry parameter that it is or was moved from."""
 
@@ -24,6 +29,8 @@ class Move:
     instruction: str
     opcode: str
     parameter: int
+    array: str
+    """What the parameter is called: "params.layers.3.self_attn.o_proj", "cache.3.k"."""
     bytes: int
     times: int
     op_name: str
@@ -78,7 +85,7 @@ def moves(module: Module, instruction: Instruction, origins: Origins, times: int
         size = max((leaf.bytes for leaf in leaves(instruction.shape)), default=0)
         if source is None or size < SMALL:
             return [], []
-        return [], [Move(name, opcode, source, size, times, instruction.op_name)]
+        return [], [Move(name, opcode, source, array_name(module, source), size, times, instruction.op_name)]
     if opcode in MOVES - {"bitcast"}:
         results = [(0, filled(instruction))]
     elif opcode == "fusion":
@@ -95,5 +102,36 @@ def moves(module: Module, instruction: Instruction, origins: Origins, times: int
     for index, leaf in results:
         source = here[index] if index < len(here) else None
         if source is not None and leaf.space == HBM and leaf.bytes >= SMALL:
-            found.append(Move(name, opcode, source, leaf.bytes, times, instruction.op_name))
+            array = array_name(module, source)
+            found.append(Move(name, opcode, source, array, leaf.bytes, times, instruction.op_name))
     return found, []
+
+
+def not_donated(module: Module) -> list[Move]:
+    """Return the arguments that a step should overwrite, see `DONATED`, and gives back in memory of their own."""
+    found = []
+    for number, parameter in enumerate(module.entry.parameters):
+        array, size = array_name(module, number), parameter.array.bytes
+        if array.split(".")[0] in DONATED and size >= SMALL and number not in module.aliases:
+            found.append(Move(parameter.name, NOT_DONATED, number, array, size, 1, parameter.op_name))
+    return found
+
+
+def array_name(module: Module, number: int) -> str:
+    """Name an entry parameter by the path in the program's arguments, which the compiler keeps as its op_name."""
+    parameter = module.entry.parameters[number]
+    return re.sub(r"""\[[\\'"]*([^\]\\'"]*)[\\'"]*\]""", r".\1", parameter.op_name) or parameter.name
+
+
+def by_array(found: Iterable[Move]) -> list[tuple[str, str, int, int]]:
+    """Add moves up by what is done and to which array, those of all layers together.
+
+    Returns:
+        (opcode, array with * for the layer, how often per step, bytes per step), largest first.
+    """
+    sums: dict[tuple[str, str], tuple[int, int]] = {}
+    for move in found:
+        key = (move.opcode, re.sub(r"\.\d+(?=\.)", ".*", move.array))
+        count, amount = sums.get(key, (0, 0))
+        sums[key] = (count + move.times, amount + move.bytes * move.times)
+    return sorted(((*key, *value) for key, value in sums.items()), key=lambda row: -row[3])

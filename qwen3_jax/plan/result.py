@@ -170,6 +170,10 @@ class Plan:
             "bound": cost.bound,
             "copied_bytes": cost.copied_bytes,
             "aliased_bytes": step.aliased_bytes,
+            "touched": [
+                {"what": what, "array": array, "count": count, "bytes": amount}
+                for what, array, count, amount in cost.touched()
+            ],
             "tokens": step.tokens,
             "tokens_per_s_per_chip": step.tokens / cost.schedule_s / self.topology.devices,
             "unpriced": cost.unpriced,

@@ -28,27 +28,51 @@ def table(plan: Plan) -> Any:
             sizes = (gb(getattr(memory, part)) for part in parts)
             holds.add_row(*start, *sizes, gb(plan.chip.hbm_bytes), _verdict(memory, plan.chip.hbm_bytes))
     runs = Table(title="per step and chip: each pipe alone, and in the compiled order", title_justify="left")
-    heads = ("phase", "hbm ms", "mxu ms", "ici ms", "schedule ms", "floor ms", "bound", "tokens/s/chip", "copied")
-    for column in (*heads, "aliased"):
+    for column in ("phase", *TIMES, "bound", "tokens/s/chip"):
         runs.add_column(column, justify="left" if column in ("phase", "bound") else "right")
+    works = Table(title="work per step and chip, and what is written in place", title_justify="left")
+    for column in ("phase", *WORK):
+        works.add_column(column, justify="left" if column == "phase" else "right")
     for phase, step in plan.steps.items():
-        c = step.cost
-        rate = step.tokens / c.schedule_s / plan.topology.devices
-        times = (f"{s * 1e3:.2f}" for s in (c.hbm_s, c.compute_s, c.ici_s, c.schedule_s, step.floor_s))
-        runs.add_row(phase, *times, c.bound, f"{rate:,.0f}", gb(c.copied_bytes), gb(step.aliased_bytes))
+        runs.add_row(phase, *_milliseconds(step), step.cost.bound, _rate(plan, step))
+        works.add_row(phase, *_work(step))
     sends = Table(title="collectives per step: count, bytes sent by each chip", title_justify="left")
     for column in ("phase", "kind", "count", "MB"):
         sends.add_column(column, justify="left" if column in ("phase", "kind") else "right")
     for phase, step in plan.steps.items():
         for kind, c in sorted(step.cost.collectives.items()):
             sends.add_row(phase, kind, str(c.count), f"{c.bytes / 1e6:.2f}")
+    touched = Table(title="weights and cache within the step: copied, sent or not donated", title_justify="left")
+    for column in TOUCHED:
+        touched.add_column(column, justify="right" if column in ("count", "MB") else "left")
+    for row in _touched(plan):
+        touched.add_row(*row)
     others = Table(title="other meshes", title_justify="left")
     others.add_column("mesh")
     others.add_column("why not")
     for refused in plan.refused:
         others.add_row(mesh_name(refused.mesh), refused.reason)
-    groups = [holds, runs, sends, *([others] if plan.refused else [])]
+    groups = [holds, runs, works, sends, *[touched] * bool(touched.rows), *[others] * bool(plan.refused)]
     return Group(*groups, *notes(plan))
+
+
+TIMES = ("hbm ms", "mxu ms", "ici ms", "schedule ms", "floor ms")
+WORK = ("GFLOP", "HBM GB", "ICI MB", "copied", "aliased", "compile s")
+TOUCHED = ("phase", "what", "array", "count", "MB")
+
+
+def _work(step: Step) -> list[str]:
+    c = step.cost
+    amounts = [f"{c.flops / 1e9:,.1f}", f"{c.hbm_bytes / 1e9:.2f}", f"{c.ici_bytes / 1e6:,.2f}"]
+    return [*amounts, gb(c.copied_bytes), gb(step.aliased_bytes), f"{step.compile_s:.0f}"]
+
+
+def _touched(plan: Plan) -> list[list[str]]:
+    return [
+        [phase, what, array, str(count), f"{amount / 1e6:.2f}"]
+        for phase, step in plan.steps.items()
+        for what, array, count, amount in step.cost.touched()
+    ]
 
 
 def _memories(plan: Plan) -> list[tuple[str, Memory | str]]:
@@ -68,6 +92,9 @@ def notes(plan: Plan) -> list[str]:
     """Say what the numbers leave out, a line each."""
     unpriced = [line for step in plan.steps.values() for line in step.cost.unpriced]
     found = [f"not priced: {', '.join(unpriced)}"] if unpriced else []
+    clean = [phase for phase, step in plan.steps.items() if not step.cost.touched()]
+    if clean:
+        found.append(f"{', '.join(clean)}: no weight and no part of the cache is copied, sent or left undonated")
     for phase, step in plan.steps.items():
         if step.model_flops:
             bound = f"{step.mfu_bound(plan.chip):.0%} model FLOPs utilisation at most"
@@ -166,6 +193,8 @@ def page(plans: Sequence[Plan]) -> str:
     ]
     heads = ["model", "slice", "mesh", "step", "binds", "hbm", "mxu", "ici", "schedule", "floor", "tokens/s/chip"]
     parts += ["<h2>Milliseconds per step</h2>", _table(heads, steps, numbers_from=5)]
+    works = [[p.model, phase, *_work(step)] for p in plans for phase, step in p.steps.items()]
+    parts += ["<h2>Work per step and chip</h2>", _table(["model", "step", *WORK], works, numbers_from=2)]
     sends = [
         [str(p.model), phase, kind, f"{c.count:,}", f"{c.bytes / 1e6:,.2f}"]
         for p in plans
@@ -175,6 +204,9 @@ def page(plans: Sequence[Plan]) -> str:
     if sends:
         heads = ["model", "step", "collective", "per step", "MB sent by a chip"]
         parts += ["<h2>Collectives</h2>", _table(heads, sends, numbers_from=3)]
+    touched = [[p.model, *row] for p in plans for row in _touched(p)]
+    if touched:
+        parts += ["<h2>Weights and cache within the step</h2>", _table(["model", *TOUCHED], touched, numbers_from=4)]
     others = [[str(p.model), mesh_name(r.mesh), r.reason] for p in plans for r in p.refused]
     if others:
         parts += ["<h2>Other meshes</h2>", _table(["model", "mesh", "why not"], others, numbers_from=3)]
