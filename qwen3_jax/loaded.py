@@ -20,7 +20,7 @@ from qwen3_jax.model import Params
 from qwen3_jax.ops import Ops, for_platform
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.plain import XLA
-from qwen3_jax.placement import load_sharded
+from qwen3_jax.placement import load_sharded, local_placer
 from qwen3_jax.sampling_params import SamplingParams
 from qwen3_jax.sharding import RULES, Rules, make_mesh, parse_mesh
 from qwen3_jax.text.template import ChatTemplate, NoTemplateError
@@ -105,7 +105,8 @@ def load_model(
     if mesh is None:
         devices = rules = None
         ops = prompt_ops = for_platform(jax.default_backend())
-        config, params = found.config, found.load(dtype=stored, progress=progress)
+        place = local_placer(found.config, ops=ops)
+        config, params = found.config, found.load(dtype=stored, place=place, progress=progress)
     else:
         devices, rules = make_mesh(**parse_mesh(mesh), devices=None), RULES["serve"]
         # The CPU's own formulation is for one device.

@@ -4,6 +4,9 @@ config.json and tensor headers → `for_mesh`: does it divide, and how often eac
 parameter the slices that this process's devices need, each read once from the files → a global `jax.Array`. Nothing
 passes between processes, and no process ever holds a parameter that its devices do not.
 
+A parameter may lie in another order in memory than its shape says (`Ops.weight_order`), which no caller sees: programs
+are compiled for the order in which their arguments lie.
+
 Where `model` exceeds the key/value heads, `k_proj` and `v_proj` are stored with each head r times, so that every device
 owns whole heads; the network then simply has K·r of them. `without_repeats` undoes it for export.
 """
@@ -17,12 +20,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen3_jax import model
 from qwen3_jax.checkpoint import orbax_folder, orbax_sharded
 from qwen3_jax.checkpoint.folder import open_folder
-from qwen3_jax.checkpoint.hf import Params, Place, Source, param_dtype_of
+from qwen3_jax.checkpoint.hf import Params, Place, Source, on_default_device, param_dtype_of
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops import Ops
 from qwen3_jax.sharding import Rules, ShardingError, check, replicas_of_kv_heads, spec
@@ -92,9 +96,48 @@ def shardings(config: Qwen3Config, mesh: Mesh, rules: Rules, *, ops: Ops) -> dic
     return {path: NamedSharding(mesh, spec(names, rules)) for path, names in axes.items()}
 
 
+def formats(config: Qwen3Config, mesh: Mesh, rules: Rules, *, ops: Ops) -> dict[str, NamedSharding | Format]:
+    """Return where every parameter lies, by its dotted path: its sharding, and its order in memory if ops has one."""
+    axes = dotted(model.parameter_axes(config, ops=ops))
+    where = shardings(config, mesh, rules, ops=ops)
+    return {path: _ordered(where[path], ops.weight_order.get(names)) for path, names in axes.items()}
+
+
+def _ordered(sharding: Any, order: tuple[int, ...] | None) -> Any:
+    return sharding if order is None else Format(Layout(order), sharding)
+
+
+def abstract(params: Any, config: Qwen3Config, mesh: Mesh, rules: Rules, *, ops: Ops) -> Any:
+    """Describe the parameters that `load_sharded` would return, to compile for: `params` are their shapes."""
+    where = formats(config, mesh, rules, ops=ops)
+
+    def describe(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[dotted_path(path)])
+
+    return jax.tree.map_with_path(describe, params)
+
+
 def dotted(tree: Mapping[Any, Any]) -> dict[str, Any]:
     """Flatten a nested dict to {dotted path: leaf}."""
-    return {".".join(str(key.key) for key in path): leaf for path, leaf in jax.tree.leaves_with_path(dict(tree))}
+    return {dotted_path(path): leaf for path, leaf in jax.tree.leaves_with_path(dict(tree))}
+
+
+def dotted_path(path: tuple[Any, ...]) -> str:
+    return ".".join(str(key.key) for key in path)
+
+
+def local_placer(config: Qwen3Config, *, ops: Ops) -> Place:
+    """Return the `place` function that puts whole parameters on the default device, in the order that ops want."""
+    axes = dotted(model.parameter_axes(config, ops=ops))
+    here = jax.device_put(0).sharding
+
+    def place(path: str, source: Source) -> jax.Array:
+        order = ops.weight_order.get(axes[path])
+        if order is None:
+            return on_default_device(path, source)
+        return jax.device_put(source[...], _ordered(here, order)).block_until_ready()
+
+    return place
 
 
 def placer(config: Qwen3Config, mesh: Mesh, rules: Rules, *, ops: Ops) -> Place:
@@ -103,7 +146,7 @@ def placer(config: Qwen3Config, mesh: Mesh, rules: Rules, *, ops: Ops) -> Place:
     `config` is the file's, not the mesh's. Each distinct slice is read once, however many devices of this process
     hold it.
     """
-    where = shardings(config, mesh, rules, ops=ops)
+    where = formats(config, mesh, rules, ops=ops)
     repeats = replicas_of_kv_heads(config, mesh)
 
     def place(path: str, source: Source) -> jax.Array:

@@ -64,6 +64,20 @@ def test_values_and_bytes(moe, sizes, rules, bytes_read):
     assert sum(bytes_read) == sum(leaf.nbytes for leaf in jax.tree.leaves(whole))
 
 
+OTHER_ORDER = {"embed heads head_dim": (1, 0, 2)}
+
+
+def test_what_a_load_returns_is_what_a_plan_compiles_for(moe):
+    mesh, ops = make_mesh(data=2, expert=2, model=2), XLA._replace(weight_order=OTHER_ORDER)
+    on_mesh, params = placement.load_sharded(moe, mesh, RULES["serve"], ops=ops, progress=False)
+    _, declared = model.declare(on_mesh, dtype=np.dtype(np.float32), ops=ops)
+    described = placement.abstract(declared, on_mesh, mesh, RULES["serve"], ops=ops)
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(described), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding), path
+        order = tuple(range(leaf.ndim)) if wanted.format.layout is None else wanted.format.layout.major_to_minor
+        assert leaf.format.layout.major_to_minor == order
+
+
 def test_dtypes(moe):
     mesh = make_mesh(model=2, expert=4)
     for options, expected in [

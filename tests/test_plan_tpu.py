@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwen3_jax import placement, sharding
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.engine.programs import Programs
-from qwen3_jax.model import declare, parameter_axes
+from qwen3_jax.model import declare
 from qwen3_jax.ops import for_platform
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.ops.paged import paged
@@ -73,6 +73,7 @@ def arrays_gathered(step: result.Step) -> float:
     ("name", "slice_name", "mesh", "batch"),
     [
         ("Qwen3-8B", "v5e:2x2", "model=4", 32),
+        ("Qwen3-8B", "v5e:2x4", "model=8", 32),  # a device's four heads do not fill a tile of o_proj
         ("Qwen3-30B-A3B", "v6e:2x4", "expert=2,model=4", 64),
         ("Qwen3-235B-A22B", "v5p:2x2x4", "expert=2,model=8", 64),  # twice as many devices on `model` as kv heads
     ],
@@ -127,8 +128,7 @@ def test_a_servers_chunk_is_split_over_all_chips_and_written_in_place():
     def array(shape, dtype=jnp.int32, at=whole):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
 
-    axes = sharding.shardings(parameter_axes(config, ops=ops), mesh, rules)
-    params = jax.tree.map(lambda leaf, at: array(leaf.shape, leaf.dtype, at), params, axes)
+    params = placement.abstract(params, config, mesh, rules, ops=ops)
     empty = jax.eval_shape(lambda: ops.init_cache(pages, page, config.num_key_value_heads, config.head_dim, dtype))
     places = sharding.shardings([ops.cache_axes] * LAYERS, mesh, rules)
     cache = [{name: array(empty[name].shape, dtype, layer[name]) for name in empty} for layer in places]

@@ -107,8 +107,12 @@ class Device:
 
     @model.setter
     def model(self, model: LoadedModel) -> None:
+        # Programs are compiled for where their arguments lie, and in which order, see `placement.formats`.
+        leaves = zip(jax.tree.leaves(model.params), self._held["params"], strict=True)
+        self._held["params"] = tuple(
+            a if a.format == old.format else jax.device_put(a, old.format) for a, old in leaves
+        )
         self._model = model
-        self._held["params"] = tuple(jax.tree.leaves(model.params))
 
     @property
     def cache(self) -> Cache:

@@ -4,7 +4,8 @@
 meant; `plain.XLA` is the portable formulation; `cpu.CPU` is what XLA's CPU backend runs fast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +127,10 @@ class Ops(NamedTuple):
     attend_blocks: Callable[..., Any] = _no_blocks
     """(q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], scale) -> what o_proj takes: q in the order of `blocks`, k and v in
     their own, with no segments."""
+
+    weight_order: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    """{a parameter's logical axes: its axes from the outermost in memory to the innermost}, for parameters that the
+    steps of serving read best in another order than that of their shape; see `placement.formats`."""
 
     einsum_on_mesh: Callable[..., jax.Array] | None = None
     """What `einsum` is where the compiler partitions its arrays; None is the same."""

@@ -3,6 +3,9 @@
 What differs from `plain.XLA`, and why (each seen in the compiled program of a TPU slice):
     einsum        leaves the matrix unit in the result's dtype. It accumulates in float32 inside; asking for float32
                   outside would send float32 over the links wherever a sum over chips follows.
+    weight_order  o_proj's heads outermost, as the product reads them. In the order of its shape the heads of a chip lie
+                  in sublanes, and where they do not fill a tile (8B on eight chips: four) every call of decoding
+                  copied all layers' o_proj.
     cache         [B, K, S, H]: slots lie in sublanes, so no tile is padded whatever the number of local heads.
     update_cache  one token per row: a kernel that rewrites one aligned block of slots per row in place. XLA's
                   own update loops over the rows and carries the whole cache through VMEM: every step wrote it back.
@@ -19,7 +22,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen3_jax.ops import LayerCache, Ops, moe_tpu, plain
@@ -31,11 +33,6 @@ SUBLANES = 16
 def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """Apply a linear layer; see `Ops.einsum`."""
     out_dtype = x.dtype if out_dtype is None else jnp.dtype(out_dtype)
-    if spec == "BTNH,DNH->BTD":
-        # The product wants o_proj's heads outermost and fuses the move. Inside the loop of decoding the move would be
-        # taken for loop-invariant, and every layer's o_proj copied before it: tied to x it is not.
-        x, w = lax.optimization_barrier((x, w))
-        w = with_layout_constraint(w, Layout(major_to_minor=(0, 1, 2)))
     return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=out_dtype)
 
 
@@ -253,7 +250,8 @@ def _flash_kernel(start, q, k, v, out, peak, total, sums, *, scale: float, last)
         out[0, 0] = (sums[...] / total[:, :1]).astype(out.dtype).reshape(G, rows, H)
 
 
-TPU = Ops(einsum, attend, init_cache, update_cache, attend_cache, moe_tpu.moe, CACHE_AXES)
+WEIGHT_ORDER = {"embed heads head_dim": (1, 0, 2)}
+TPU = Ops(einsum, attend, init_cache, update_cache, attend_cache, moe_tpu.moe, CACHE_AXES, weight_order=WEIGHT_ORDER)
 INTERPRETED = TPU._replace(
     attend=functools.partial(attend, interpret=True), update_cache=functools.partial(update_cache, interpret=True)
 )

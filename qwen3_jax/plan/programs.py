@@ -106,7 +106,7 @@ def _lower(
 
     whole = NamedSharding(mesh, PartitionSpec())  # rows and state: a few bytes that every device needs
     caches_at = sharding.shardings([ops.cache_axes] * config.num_hidden_layers, mesh, rules)
-    params = _placed(params, sharding.shardings(models.parameter_axes(config, ops=ops), mesh, rules))
+    params = placement.abstract(params, config, mesh, rules, ops=ops)
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=whole)
     hidden = jax.ShapeDtypeStruct((B, config.hidden_size), dtype, sharding=whole)
     first = functools.partial(steps.first, sampler=sampler)
