@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from qwen3_jax import loaded
+from qwen3_jax.engine.device import Device
 from qwen3_jax.engine.engine import Engine
 from qwen3_jax.engine.lockstep import LOST_EXIT, Leader, pack, unpack
 from qwen3_jax.engine.options import EngineOptions
@@ -101,6 +102,7 @@ def test_programs_are_compiled_for_the_order_in_which_weights_lie(mesh, folder, 
     engine.start()
     try:
         assert [c.token_ids for c in engine.generate(texts, greedy)] == expected
+        assert isinstance(engine.device, Device)
         engine.device.model = plain  # other weights may lie as a training step leaves them
         assert [c.token_ids for c in engine.generate(texts, greedy)] == expected
     finally:

@@ -548,7 +548,7 @@ def test_what_a_step_does_to_weights_and_cache_has_their_names():
     rows = jax.ShapeDtypeStruct((256,), jnp.float32)
     arguments = ({"layers": [{"o_proj": big}]}, [{"k": big}] * 3, rows)
     for donated, wanted in (((1,), []), ((), [("not donated", "cache.*.k", 3, 3 * 256 * 256 * 4)])):
-        module = hlo.parse(jax.jit(step, donate_argnums=donated).lower(*arguments).compile().as_text())
+        module = hlo.parse(jax.jit(step, donate_argnums=donated).lower(*arguments).compile().as_text() or "")
         assert moves.by_array(moves.not_donated(module)) == wanted
         names = {moves.array_name(module, number) for number in range(5)}
         assert names == {"params.layers.0.o_proj", "cache.0.k", "cache.1.k", "cache.2.k", "rows"}
