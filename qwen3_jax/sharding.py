@@ -6,7 +6,8 @@ allocated: `check` collects what does not divide, with the numbers and the remed
 
 The mesh axes always exist, length 1 is legal:
     data    copies of the model that see different rows
-    fsdp    training: parameters and optimiser state are split here too, and gathered layer by layer
+    fsdp    training: parameters and optimiser state are split here too, and gathered layer by layer; serving: rows as
+            over `data`, and every expert's width, for models whose whole experts do not go into the chips' memory
     expert  rows are split here in attention, experts in the MoE layers
     model   heads, ffn width and vocabulary; in the MoE layers experts again
 """
@@ -36,7 +37,7 @@ _SERVE: Rules = {
     "mlp": ("model",),
     # Whole experts before slices of experts: half a 128-lane is wasted when 768 is cut into 192.
     "experts": ("expert", "model"),
-    "expert_mlp": (),
+    "expert_mlp": ("fsdp",),
     "router": (),  # small, and every row needs all of it
     "slots": (),
     "length": (),
@@ -46,10 +47,23 @@ _SERVE: Rules = {
 }
 RULES: dict[str, Rules] = {
     "serve": _SERVE,
-    # Serving's weights, other activations: few rows of many tokens. `data` alone splits rows, `expert` a row's queries
-    # and `expert` with `model` the residual stream between the layers, with its norms, router and experts' rows.
-    "prefill": {**_SERVE, "batch": ("data", "fsdp"), "length": ("expert",), "stream": ("expert", "model")},
-    "train": {**_SERVE, "head_batch": ("data", "fsdp", "expert"), "vocab": ("model",), "embed": ("fsdp",)},
+    # Serving's weights, other activations: few rows of many tokens. `data` alone splits rows, `fsdp` and `expert` a
+    # row's queries, and these with `model` the residual stream between the layers, with its norms, router and experts'
+    # rows.
+    "prefill": {
+        **_SERVE,
+        "batch": ("data",),
+        "head_batch": ("data",),
+        "length": ("fsdp", "expert"),
+        "stream": ("fsdp", "expert", "model"),
+    },
+    "train": {
+        **_SERVE,
+        "head_batch": ("data", "fsdp", "expert"),
+        "vocab": ("model",),
+        "embed": ("fsdp",),
+        "expert_mlp": (),
+    },
 }
 
 
@@ -132,6 +146,7 @@ def check(config: Qwen3Config, mesh: Mesh | AbstractMesh, rules: Rules) -> list[
     ]
     if config.num_experts:
         divisions.append(("num_experts", config.num_experts, *_ways(mesh, rules["experts"])))
+        divisions.append(("moe_intermediate_size", config.moe_intermediate_size, *_ways(mesh, rules["expert_mlp"])))
     if not all(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
         divisions.append(("intermediate_size", config.intermediate_size, model, "model"))
     return [

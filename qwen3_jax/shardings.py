@@ -186,7 +186,7 @@ def nearest_meshes(
     """
     devices = math.prod(sizes.values())
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
-    fixed = () if "fsdp" in rules["embed"] else ("fsdp",)
+    fixed = () if "fsdp" in (*rules["embed"], *rules["expert_mlp"] * bool(config.num_experts)) else ("fsdp",)
     choices = [(sizes[axis],) if axis in fixed else divisors for axis in AXES[:-1]]
     found = []
     for lengths in itertools.product(*choices):

@@ -62,7 +62,7 @@ def test_eight_devices_say_what_one_says(folder, tmp_path_factory):
     assert pages.sharding.shard_shape(pages.shape)[0] == 2  # of 4 heads
 
 
-@pytest.mark.parametrize("mesh", ["expert=4,model=2", "data=2,expert=2,model=2"])
+@pytest.mark.parametrize("mesh", ["expert=4,model=2", "data=2,expert=2,model=2", "fsdp=2,expert=2,model=2"])
 def test_a_prompt_in_chunks_over_a_mesh_has_transformers_hidden_states(mesh, folder):
     """A chunk's tokens split over the devices: a whole chunk, and one in whose bucket half is padding."""
     device = Engine(load_model(folder, dtype="float32", mesh=mesh), OPTIONS).device

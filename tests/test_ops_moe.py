@@ -377,6 +377,25 @@ def test_ring(data, expert, model, over, R, monkeypatch):
     assert_equals_oracle(island, R)
 
 
+@quick
+def test_ring_between_slices_of_experts(monkeypatch):
+    """Every expert's width is split over `fsdp`, whose rows are collected before the ring and summed behind it."""
+    monkeypatch.setattr(moe_parallel, "exchange_axes", lambda *_: ("expert",))
+    mesh = make_mesh(fsdp=2, expert=2, model=2)
+    place = moe_parallel.island(mesh.shape, {**RULES["prefill"], "length": RULES["prefill"]["stream"]})
+    assert (place.shared, place.slices) == (("expert", "model"), ("fsdp",))
+    rows = PartitionSpec(place.rows)
+    wide, tall = PartitionSpec(place.experts, "fsdp"), PartitionSpec(place.experts, None, "fsdp")
+    island = jax.shard_map(
+        functools.partial(moe_parallel.run, "ring", moe.grouped, place, "tpu"),
+        mesh=mesh,
+        in_specs=(rows, rows, rows, wide, wide, tall),
+        out_specs=rows,
+        check_vma=False,
+    )
+    assert_equals_oracle(island, 128, ("random", "one shard"))
+
+
 def test_experts_apart_from_rows():
     """No axis splits both rows and experts, so everybody has the rows already."""
     rules = {**RULES["serve"], "batch": ("data",)}

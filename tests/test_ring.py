@@ -57,7 +57,17 @@ def reference(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "text", ["model=4", "expert=2", "expert=4,model=2", "expert=2,model=4", "data=2,expert=2,model=2", "data=2"]
+    "text",
+    [
+        "model=4",
+        "expert=2",
+        "expert=4,model=2",
+        "expert=2,model=4",
+        "data=2,expert=2,model=2",
+        "data=2",
+        "fsdp=2,expert=2,model=2",
+        "fsdp=4,model=2",
+    ],
 )
 def test_prefill_rules_give_the_same_logits(text, reference):
     folder, tokens, theirs = reference

@@ -54,11 +54,12 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
         x, weights = (jnp.pad(a, ((0, padding), (0, 0))) for a in (x, weights))
         experts = jnp.pad(experts, ((0, padding), (0, 0)), constant_values=gate_proj.shape[0])
         chosen = algorithm or moe_parallel.choose(place, rows=(R + padding) // ways, choices=C, platform=platform)
-        rows, stacks = PartitionSpec(place.rows), PartitionSpec(place.experts)
+        rows = PartitionSpec(place.rows)
+        wide, tall = PartitionSpec(place.experts, place.slices), PartitionSpec(place.experts, None, place.slices)
         island = jax.shard_map(
             partial(moe_parallel.run, chosen, ops.moe, place, platform),
             mesh=mesh,
-            in_specs=(rows, rows, rows, stacks, stacks, stacks),
+            in_specs=(rows, rows, rows, wide, wide, tall),
             out_specs=rows,
             check_vma=False,
         )
@@ -141,12 +142,15 @@ def on_mesh(ops: Ops, mesh: Mesh, rules: Rules, *, experts: str | None = None) -
     stream = PartitionSpec(rules["batch"], rules["stream"])
     columns = PartitionSpec(rules["batch"], rules["length"] or None, axis)
 
+    def long(axes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
     def on_ring(shape: tuple[int, ...]) -> bool:
         return not odd("batch", shape[0]) and shape[1] % (2 * place.ways(rules["stream"])) == 0
 
     def embed(table: jax.Array, tokens: jax.Array) -> jax.Array:
         vocab = rules["vocab"]
-        if vocab != rules["stream"] or not on_ring(tokens.shape):
+        if long(vocab) != long(rules["stream"]) or not on_ring(tokens.shape):
             return ops.embed(table, tokens)
 
         def local(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """The experts of one MoE layer on a mesh: who sends what to whom. Runs on each device inside `jax.shard_map`.
 
-Mesh axes play three roles in a layer. *Shared* axes split both the rows and the experts; *other* axes split the experts
-only, so that their devices hold the same rows; the remaining axes split rows only and take no part. One signature,
-five algorithms, every one dropless for every routing:
+Mesh axes play four roles in a layer. *Shared* axes split both the rows and the experts; *other* axes split the experts
+only, so that their devices hold the same rows; *slices* split the rows and the width of every expert, so that their rows
+are collected first and what they get is summed; the remaining axes split rows only and take no part. One signature, five
+algorithms, every one dropless for every routing:
 
     replicated         collect the shared axes' rows, run the local experts on all of them, sum over shared and other
                        axes in one reduction, keep the own rows
@@ -48,6 +49,12 @@ class Island(NamedTuple):
     """The axes that split the rows, major first."""
     experts: tuple[str, ...]
     """The axes that split the experts, major first."""
+    slices: tuple[str, ...] = ()
+    """The axes that split the width of every expert, and the rows."""
+
+    def whole(self) -> "Island":
+        """Return the mesh as it is once the rows of the slices are collected."""
+        return self._replace(rows=tuple(axis for axis in self.rows if axis not in self.slices), slices=())
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -65,13 +72,13 @@ class Island(NamedTuple):
 def island(shape: Mapping[str, int], rules: Mapping[str, tuple[str, ...]]) -> Island:
     """Read the roles of a mesh's axes from the rules; rows are split by the axes of "batch" and of "length"."""
     rows = rules["batch"] + tuple(axis for axis in rules["length"] if axis not in rules["batch"])
-    return Island(tuple(shape.items()), rows, rules["experts"])
+    return Island(tuple(shape.items()), rows, rules["experts"], rules["expert_mlp"])
 
 
 def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
     """Return the algorithm for a layer, from what is known when it is traced.
 
-    A group is the devices along the shared axes.
+    A group is the devices along the shared axes; rows of slices are collected before.
       - A group of one, or one that holds at most 128 rows together (decoding): "replicated". Everything is in reach or
         small, and a single reduction costs one latency.
       - Otherwise what keeps the links busy for the shorter time, by `transfers`: "gather" or "all_to_all", the latter
@@ -83,9 +90,12 @@ def choose(place: Island, *, rows: int, choices: int, platform: str) -> str:
         choices: C, experts per row.
         platform: "cpu", "tpu", "gpu" or "cuda".
     """
-    group = place.ways(place.shared)
-    if group == 1 or group * rows <= FEW_ROWS:
+    group, rows = place.ways(place.shared), rows * place.ways(place.slices)
+    if group * place.ways(place.slices) == 1 or group * rows <= FEW_ROWS:
         return "replicated"
+    if group == 1:
+        return "gather"
+    place = place.whole()
     if transfers(place, choices, platform) >= group - 1:
         return "gather"
     if platform == "tpu":
@@ -162,6 +172,11 @@ def run(
     stacks = (gate_proj, up_proj, down_proj)
     if algorithm in ("replicated", "gather"):
         return _collected(algorithm, moe, place, x, weights, experts, *stacks)
+    if place.ways(place.slices) > 1:
+        E = place.ways(place.experts) * stacks[0].shape[0]
+        rows = _gather(place.slices, x, weights, jnp.minimum(experts, E))
+        out = run(algorithm, moe, place.whole(), platform, *rows, *stacks, room=room)
+        return lax.psum_scatter(out, place.slices, scatter_dimension=0, tiled=True)
     over = exchange_axes(place, experts.shape[1], platform)
     if algorithm == "ring" and not _has_ring(place, over):
         sizes = ",".join(f"{axis}={size}" for axis, size in place.sizes)
@@ -187,18 +202,19 @@ def _collected(
 ) -> jax.Array:
     R, C = experts.shape
     E = stacks[0].shape[0]
-    group = place.ways(place.shared)
+    together = place.slices + place.shared
+    group = place.ways(together)
     ways = place.ways(place.experts)
     if group > 1:
-        x, weights, experts = _gather(place.shared, x, weights, jnp.minimum(experts, ways * E))
+        x, weights, experts = _gather(together, x, weights, jnp.minimum(experts, ways * E))
     mine = experts - lax.axis_index(place.experts) * E
     mine = jnp.where((mine >= 0) & (mine < E), mine, E)
     out = moe(x, weights, mine, *stacks, expected=None if ways == 1 else -(-group * R * C // ways))
     if algorithm == "gather" and group > 1:
-        out = lax.psum_scatter(out, place.shared, scatter_dimension=0, tiled=True)
+        out = lax.psum_scatter(out, together, scatter_dimension=0, tiled=True)
         return lax.psum(out, place.others)
-    out = lax.psum(out, place.shared + place.others)
-    return lax.dynamic_slice_in_dim(out, lax.axis_index(place.shared) * R, R) if group > 1 else out
+    out = lax.psum(out, together + place.others)
+    return lax.dynamic_slice_in_dim(out, lax.axis_index(together) * R, R) if group > 1 else out
 
 
 def _gather(

@@ -4,9 +4,10 @@ config, topology → `meshes` → those that divide and whose weights and cache 
 asked for → sorted. Also here, because it is the same arithmetic: `floor_s`, the time that no program undercuts.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops import for_platform, moe_parallel
@@ -25,15 +26,27 @@ class Candidate(NamedTuple):
     """The sum over the phases of its time as a multiple of the best mesh's."""
 
 
-def meshes(config: Qwen3Config, devices: int) -> list[dict[str, int]]:
-    """List the serving meshes of a number of devices: every split into data, expert (MoE only) and model."""
+LANES = 128
+"""Of a matrix unit: experts are not cut into slices that are no multiple of it."""
+
+
+def meshes(config: Qwen3Config, devices: int, *, slices: bool = False) -> list[dict[str, int]]:
+    """List the serving meshes of a number of devices: every split into data, expert (MoE only) and model.
+
+    Args:
+        slices: instead those that also cut every expert in slices, along `fsdp`.
+    """
     found = []
     for model in _divisors(devices):
         for expert in _divisors(devices // model) if config.num_experts else [1]:
-            found.append(
-                dict.fromkeys(AXES, 1) | {"data": devices // model // expert, "expert": expert, "model": model}
-            )
+            rest = devices // model // expert
+            for fsdp in (_cuts(config, rest) if config.num_experts else []) if slices else [1]:
+                found.append({"data": rest // fsdp, "fsdp": fsdp, "expert": expert, "model": model})
     return found
+
+
+def _cuts(config: Qwen3Config, devices: int) -> list[int]:
+    return [n for n in _divisors(devices) if n > 1 and config.moe_intermediate_size % (n * LANES) == 0]
 
 
 def _divisors(n: int) -> list[int]:
@@ -63,7 +76,9 @@ def rank(
     ops = for_platform(found.chip.kind)
     good: list[tuple[dict[str, int], dict[str, float]]] = []
     refused = []
-    for mesh in meshes(config, found.devices):
+    candidates = meshes(config, found.devices)
+    # Slices of experts are for models whose whole experts do not fit: their rows go to more chips.
+    for mesh in itertools.chain(candidates, _if_none(good, meshes(config, found.devices, slices=True))):
         if why := problems(config, mesh, phases, batch):
             refused.append(Refused(mesh, why[0]))
             continue
@@ -91,6 +106,12 @@ def rank(
     return sorted(ranked, key=lambda c: c.score), refused
 
 
+def _if_none(good: list[Any], more: list[dict[str, int]]) -> Iterator[dict[str, int]]:
+    """Yield more candidates if, by the time they are asked for, none is good."""
+    if not good:
+        yield from more
+
+
 def estimate_s(
     config: Qwen3Config,
     chip: Chip,
@@ -112,7 +133,7 @@ def estimate_s(
         rows: of one step, over all chips.
     """
     D, L = config.hidden_size, config.num_hidden_layers
-    M, E = mesh["model"], mesh["expert"]
+    M, E, S = mesh["model"], mesh["expert"], mesh["fsdp"]
     replicas = math.prod(mesh[axis] for axis in RULES[PHASES[phase].rules]["batch"])
     ring = 2 * chip.link_bytes_s or 1e10  # GPUs without links talk through the host
     if phase == "first":
@@ -122,29 +143,30 @@ def estimate_s(
     # Rows that do not divide over the replicas are computed by each of them.
     local = tokens / replicas if rows % replicas == 0 else float(tokens)
     if phase == "prefill":
-        local /= E
-    routed = local * E  # rows whose experts lie on the devices that hold one copy of them
+        local /= E * S
+    routed = local * E * S  # rows whose experts lie on the devices that hold one copy of them
     read = float(weights) + (cache if phase == "decode" else 0)
     if moe_layers:
         untouched = (1 - config.num_experts_per_tok / config.num_experts) ** routed
         experts = 2 * 3 * config.num_experts * D * config.moe_intermediate_size * moe_layers
-        read -= experts / (E * M) * untouched
+        read -= experts / (E * M * S) * untouched
     flops = local * config.flops_per_token(context if phase == "decode" else context // 2) / M
     around = 2 * 2 * D * local * (M - 1) / M  # a sum over `model`, or a gather and a scatter
     if phase == "decode":
-        experts_sent = 2 * D * routed * ((E - 1) / E + 2 * (E * M - 1) / (E * M))
+        together, all_ = E * S, E * S * M
+        experts_sent = 2 * D * routed * ((together - 1) / together + 2 * (all_ - 1) / all_)
     elif moe_layers:
         rules = RULES[PHASES[phase].rules]
         place = moe_parallel.island(mesh, {**rules, "length": rules["stream"]})
         group, choices = place.ways(place.shared), config.num_experts_per_tok
-        hops = min(moe_parallel.transfers(place, choices, chip.kind), group - 1) if group > 1 else 0
-        experts_sent = 2 * 2 * D * local / M * hops
+        hops = min(moe_parallel.transfers(place.whole(), choices, chip.kind), group - 1) if group > 1 else 0
+        experts_sent = 2 * 2 * D * local / M * (S * hops + S - 1)
     else:
         experts_sent = 0.0
     sent = L * around + (L - moe_layers) * around + moe_layers * experts_sent
     if phase == "prefill":
         heads = max(config.num_key_value_heads, M) / M
-        sent += L * 2 * 2 * heads * config.head_dim * routed * (E - 1) / E  # keys and values
+        sent += L * 2 * 2 * heads * config.head_dim * routed * (E * S - 1) / (E * S)  # keys and values
     return max(flops / chip.bf16_flops, read / chip.hbm_bytes_s) + sent / ring
 
 
