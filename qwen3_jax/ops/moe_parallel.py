@@ -1,9 +1,9 @@
 """The experts of one MoE layer on a mesh: who sends what to whom. Runs on each device inside `jax.shard_map`.
 
 Mesh axes play four roles in a layer. *Shared* axes split both the rows and the experts; *other* axes split the experts
-only, so that their devices hold the same rows; *slices* split the rows and the width of every expert, so that their rows
-are collected first and what they get is summed; the remaining axes split rows only and take no part. One signature, five
-algorithms, every one dropless for every routing:
+only, so that their devices hold the same rows; *slices* split the rows and the width of every expert, so that their
+rows are collected first and what they get is summed; the remaining axes split rows only and take no part. One
+signature, five algorithms, every one dropless for every routing:
 
     replicated         collect the shared axes' rows, run the local experts on all of them, sum over shared and other
                        axes in one reduction, keep the own rows

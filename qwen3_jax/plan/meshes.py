@@ -14,7 +14,7 @@ from qwen3_jax.ops import for_platform, moe_parallel
 from qwen3_jax.plan.chips import Chip, Topology
 from qwen3_jax.plan.programs import PHASES, bytes_per_device, rows_of
 from qwen3_jax.plan.result import Refused, gb
-from qwen3_jax.sharding import AXES, RULES, check
+from qwen3_jax.sharding import RULES, check
 
 
 class Candidate(NamedTuple):
