@@ -19,6 +19,7 @@ Axis letters: B rows, T query length, K kv heads, G query heads of one of them, 
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -255,7 +256,10 @@ def attend_gpu(
     """Attend one token per row with JAX's paged attention for GPU, more in blocks; see `Ops.attend_cache`."""
     if q.shape[1] > 1:
         return attend_blocks(q, cache, positions, scale)
-    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+    with warnings.catch_warnings():
+        # jax 0.12 calls it deprecated and names no successor; pyproject.toml ends where it may be gone.
+        warnings.filterwarnings("ignore", message=".*paged_attention is deprecated", category=DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
     out = paged_attention(
         (q[:, 0].astype(jnp.float32) * scale).astype(q.dtype),
