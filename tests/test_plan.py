@@ -399,6 +399,25 @@ def test_meshes_cover_the_devices():
     assert len(meshes.meshes(moe, 16)) == len({tuple(m.values()) for m in meshes.meshes(moe, 16)}) == 15
 
 
+def test_experts_are_cut_only_where_whole_ones_do_not_fit():
+    shape = {"phases": ("decode",), "batch": 64, "context": 8192, "dtype": "bfloat16"}
+    coder = Qwen3Config.from_name("Qwen3-Coder-480B-A35B-Instruct")
+    ranked, refused = meshes.rank(coder, chips.topology("v6e:8x8"), **shape)
+    assert all(2560 % (c.mesh["fsdp"] * 128) == 0 and c.mesh["fsdp"] > 1 for c in ranked)
+    assert any(r.mesh["fsdp"] == 1 and "more than a chip's" in r.reason for r in refused)
+    best = ranked[0].mesh
+    assert best == {"data": 1, "fsdp": 2, "expert": 4, "model": 8}
+    experts = {rest: 62 * 3 * 160 * 6144 * 2560 * 2 // 32 // rest for rest in (1, 2)}  # 160 are 32 times 5
+    weights = {
+        n: programs.bytes_per_device(coder, best | {"fsdp": n}, ops=plain.XLA, dtype="bfloat16", batch=64, context=8)[0]
+        for n in (1, 2)
+    }
+    assert weights[1] - weights[2] == experts[1] - experts[2]
+    for whole in ("Qwen3-30B-A3B", "Qwen3-235B-A22B"):
+        ranked, _ = meshes.rank(Qwen3Config.from_name(whole), chips.topology("v6e:8x8"), **shape)
+        assert {c.mesh["fsdp"] for c in ranked} == {1}
+
+
 def test_the_ranking_takes_a_mesh_that_splits_the_cache():
     config = Qwen3Config.from_name("Qwen3-30B-A3B")
     shape = {"phases": ("decode",), "batch": 64, "context": 4096, "dtype": "bfloat16"}

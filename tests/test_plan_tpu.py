@@ -75,6 +75,7 @@ def arrays_gathered(step: result.Step) -> float:
         ("Qwen3-8B", "v5e:2x2", "model=4", 32),
         ("Qwen3-8B", "v5e:2x4", "model=8", 32),  # a device's four heads do not fill a tile of o_proj
         ("Qwen3-30B-A3B", "v6e:2x4", "expert=2,model=4", 64),
+        ("Qwen3-Coder-480B-A35B-Instruct", "v6e:8x8", "fsdp=2,expert=4,model=8", 64),  # half of every expert
         ("Qwen3-235B-A22B", "v5p:2x2x4", "expert=2,model=8", 64),  # twice as many devices on `model` as kv heads
     ],
 )
@@ -95,9 +96,10 @@ def test_decode_moves_what_it_must_and_nothing_else(name, slice_name, mesh, batc
     assert must < step.cost.hbm_bytes < 1.1 * must
     # Logits stay where the vocabulary is: only candidates are collected.
     assert arrays_gathered(step) < batch * config.vocab_size * 4 / 16
-    if config.num_experts:  # whole experts: their width is not cut
+    if config.num_experts:  # whole experts: their width is cut by `fsdp` alone
         local = config.num_experts // (sizes["expert"] * sizes["model"])
-        assert f"bf16[{local},{config.moe_intermediate_size},{config.hidden_size}]" in entry(text)
+        width = config.moe_intermediate_size // sizes["fsdp"]
+        assert f"bf16[{local},{width},{config.hidden_size}]" in entry(text)
 
 
 @pytest.mark.parametrize(
