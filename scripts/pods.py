@@ -83,7 +83,7 @@ def main() -> None:
             continue
         kept = arguments.keep / f"{w.name}.md" if arguments.keep else None
         if kept is None or not kept.exists():
-            if w.topology.startswith("H100") and not importlib.util.find_spec("jax_plugins.xla_cuda12"):
+            if w.topology.startswith("H100") and not _has_gpu_compiler():
                 print(f"{w.name}: left out, needs pip install 'qwen3-jax[cuda]'", file=sys.stderr)
                 continue
             text = compiled(w, arguments.hlo, kept)
@@ -113,6 +113,12 @@ def compiled(w: Workload, hlo: Path | None, kept: Path | None) -> str:
         kept.write_text(text + "\n")
         kept.with_suffix(".json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
     return text
+
+
+def _has_gpu_compiler() -> bool:
+    # Looking for a module within a package that is not there either raises.
+    packages = ("jax_plugins", "jax_plugins.xla_cuda12")
+    return all(importlib.util.find_spec(name) is not None for name in packages)
 
 
 def _say(line: str) -> None:

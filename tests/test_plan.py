@@ -1,9 +1,12 @@
 """Plans without a compiler: the walker on kept HLO texts against hand counts, the schedule, chips, meshes, errors."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -614,6 +617,29 @@ def test_the_page_draws_every_phase():
     assert page.count("<svg") == 2
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
+
+
+def test_the_script_leaves_out_what_has_no_compiler(monkeypatch, capsys):
+    path = Path(__file__).parents[1] / "scripts" / "pods.py"
+    spec = importlib.util.spec_from_file_location("pods", path)
+    assert spec is not None
+    assert spec.loader is not None
+    pods = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pods", pods)
+    spec.loader.exec_module(pods)
+    monkeypatch.setattr(importlib.util, "find_spec", found_by_path)
+    monkeypatch.setattr(sys, "argv", ["pods.py", "--only", "Qwen3-8B_H100"])
+    pods.main()
+    said = capsys.readouterr()
+    assert "left out, needs pip install 'qwen3-jax[cuda]'" in said.err
+    assert not said.out
+
+
+def found_by_path(name, package=None):
+    """`importlib.util.find_spec` where nothing of `jax_plugins` is installed."""
+    if name.startswith("jax_plugins."):
+        raise ModuleNotFoundError(f"No module named {name.split('.')[0]!r}")
+    return None
 
 
 # The fleet
