@@ -4,7 +4,9 @@ Each request is run alone on an empty prefix cache, which is the truth here; the
 prefixes, in other chunks than its neighbours, and preempted. Not a bit may differ, in float32 or bfloat16.
 """
 
+import functools
 import random
+import threading
 from typing import Any
 
 import jax
@@ -72,7 +74,10 @@ def together(engine: Engine, asked, *, at_once: int, seed: int) -> list[Completi
     random.Random(seed).shuffle(order)
     found: dict[int, Completion] = {}
     for first in range(0, len(order), at_once):
+        all_asked = threading.Event()  # a slow client must not decide how many run together
+        engine.call(functools.partial(all_asked.wait, 60))
         heard = {i: ask(engine, asked[i][0], **asked[i][1]) for i in order[first : first + at_once]}
+        all_asked.set()
         found |= {i: h.wait(600) for i, h in heard.items()}
     return [found[i] for i in range(len(asked))]
 
