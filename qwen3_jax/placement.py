@@ -90,17 +90,13 @@ def load_sharded(
     return on_mesh, checkpoint.load(dtype=wanted, place=place, progress=shown)
 
 
-def shardings(config: Qwen3Config, mesh: Mesh, rules: Rules, *, ops: Ops) -> dict[str, NamedSharding]:
-    """Return the sharding of every parameter by its dotted path ("layers.0.self_attn.q_proj")."""
-    axes = dotted(model.parameter_axes(config, ops=ops))
-    return {path: NamedSharding(mesh, spec(names, rules)) for path, names in axes.items()}
-
-
 def formats(config: Qwen3Config, mesh: Mesh, rules: Rules, *, ops: Ops) -> dict[str, NamedSharding | Format]:
     """Return where every parameter lies, by its dotted path: its sharding, and its order in memory if ops has one."""
     axes = dotted(model.parameter_axes(config, ops=ops))
-    where = shardings(config, mesh, rules, ops=ops)
-    return {path: _ordered(where[path], ops.weight_order.get(names)) for path, names in axes.items()}
+    return {
+        path: _ordered(NamedSharding(mesh, spec(names, rules)), ops.weight_order.get(names))
+        for path, names in axes.items()
+    }
 
 
 def _ordered(sharding: Any, order: tuple[int, ...] | None) -> Any:
@@ -128,6 +124,8 @@ def dotted_path(path: tuple[Any, ...]) -> str:
 
 def local_placer(config: Qwen3Config, *, ops: Ops) -> Place:
     """Return the `place` function that puts whole parameters on the default device, in the order that ops want."""
+    if not ops.weight_order:
+        return on_default_device
     axes = dotted(model.parameter_axes(config, ops=ops))
     here = jax.device_put(0).sharding
 

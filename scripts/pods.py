@@ -1,4 +1,4 @@
-"""Compile the reference workloads for slices that are not here and print their table. Needs the `tpu` extra; hours.
+"""Compile the reference workloads for slices that are not here and print their table. Needs the `tpu` extra; an hour.
 
     python scripts/pods.py [--train] [--only 8B] [--keep DIR] [--hlo DIR]
 

@@ -57,7 +57,7 @@ def test_values_and_bytes(moe, sizes, rules, bytes_read):
 
     _, declared = model.declare(on_mesh, dtype=np.dtype(np.float32), ops=XLA)
     chex.assert_trees_all_equal_shapes_and_dtypes(params, declared)
-    where = placement.shardings(on_mesh, mesh, RULES[rules], ops=XLA)
+    where = placement.formats(on_mesh, mesh, RULES[rules], ops=XLA)
     for path, leaf in placement.dotted(params).items():
         assert leaf.sharding == where[path]
     # The whole mesh is this process's, so every byte is read, and read once.

@@ -4,10 +4,9 @@ config, topology → `meshes` → those that divide and whose weights and cache 
 asked for → sorted. Also here, because it is the same arithmetic: `floor_s`, the time that no program undercuts.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from qwen3_jax.config import Qwen3Config
 from qwen3_jax.ops import for_platform, moe_parallel
@@ -76,25 +75,28 @@ def rank(
     ops = for_platform(found.chip.kind)
     good: list[tuple[dict[str, int], dict[str, float]]] = []
     refused = []
-    candidates = meshes(config, found.devices)
-    # Slices of experts are for models whose whole experts do not fit: their rows go to more chips.
-    for mesh in itertools.chain(candidates, _if_none(good, meshes(config, found.devices, slices=True))):
-        if why := problems(config, mesh, phases, batch):
-            refused.append(Refused(mesh, why[0]))
-            continue
-        # Without a decode step the cache is that of the prefilled rows.
-        rows, table = (batch, "serve") if "decode" in phases else (rows_of("prefill", mesh, batch), "prefill")
-        weights, cache = bytes_per_device(config, mesh, ops=ops, dtype=dtype, batch=rows, context=context, rules=table)
-        if weights + cache > found.chip.hbm_bytes:
-            over = weights + cache - found.chip.hbm_bytes
-            reason = f"weights {gb(weights)} and cache {gb(cache)} are {gb(over)} more than a chip's "
-            refused.append(Refused(mesh, reason + gb(found.chip.hbm_bytes), over))
-            continue
-        times = {
-            phase: estimate_s(config, found.chip, mesh, phase, weights, cache, rows_of(phase, mesh, batch), context)
-            for phase in phases
-        }
-        good.append((mesh, times))
+    for slices in (False, True):
+        if good:  # slices of experts are for models whose whole experts do not fit: their rows go to more chips
+            break
+        for mesh in meshes(config, found.devices, slices=slices):
+            if why := problems(config, mesh, phases, batch):
+                refused.append(Refused(mesh, why[0]))
+                continue
+            # Without a decode step the cache is that of the prefilled rows.
+            rows, table = (batch, "serve") if "decode" in phases else (rows_of("prefill", mesh, batch), "prefill")
+            weights, cache = bytes_per_device(
+                config, mesh, ops=ops, dtype=dtype, batch=rows, context=context, rules=table
+            )
+            if weights + cache > found.chip.hbm_bytes:
+                over = weights + cache - found.chip.hbm_bytes
+                reason = f"weights {gb(weights)} and cache {gb(cache)} are {gb(over)} more than a chip's "
+                refused.append(Refused(mesh, reason + gb(found.chip.hbm_bytes), over))
+                continue
+            times = {
+                phase: estimate_s(config, found.chip, mesh, phase, weights, cache, rows_of(phase, mesh, batch), context)
+                for phase in phases
+            }
+            good.append((mesh, times))
 
     def per_token(phase: str, mesh: dict[str, int], seconds: float) -> float:
         return seconds / rows_of(phase, mesh, batch)
@@ -104,12 +106,6 @@ def rank(
         Candidate(mesh, times, sum(per_token(p, mesh, times[p]) / best[p] for p in phases)) for mesh, times in good
     ]
     return sorted(ranked, key=lambda c: c.score), refused
-
-
-def _if_none(good: list[Any], more: list[dict[str, int]]) -> Iterator[dict[str, int]]:
-    """Yield more candidates if, by the time they are asked for, none is good."""
-    if not good:
-        yield from more
 
 
 def estimate_s(
