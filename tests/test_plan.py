@@ -143,35 +143,46 @@ def test_the_schedule_waits_for_one_pipe_at_a_time():
 
 
 def test_asynchronous_collectives_in_fusions_are_billed_once_and_overlap():
+    # 100 bytes in HBM are gathered into 400 there, and both go from fusion to fusion until the last waits; beside that
+    # one of them multiplies 120 bytes of VMEM. 300 bytes over the links, 500 in HBM, however long the chain.
     others = """\
 %begin (p: f32[25]) -> (f32[25], f32[100]) {
-  %p = f32[25]{0:S(1)} parameter(0)
-  %g = f32[100]{0:S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
-  ROOT %c = (f32[25]{0:S(1)}, f32[100]{0:S(1)}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+  %p = f32[25]{0} parameter(0)
+  %g = f32[100]{0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %c = (f32[25]{0}, f32[100]{0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
 }
-%carry (p: f32[25], v: f32[5,6]) -> f32[5] {
-  %p = f32[25]{0:S(1)} parameter(0)
-  %v = f32[5,6]{1,0:S(1)} parameter(1)
-  %g = f32[100]{0:S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
-  ROOT %d = f32[5]{0:S(1)} dot(%v, %v), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+%carry (p: f32[25], q: f32[100], v: f32[5,6]) -> (f32[5], f32[25], f32[100], f32[100]) {
+  %p = f32[25]{0} parameter(0)
+  %q = f32[100]{0} parameter(1)
+  %v = f32[5,6]{1,0:S(1)} parameter(2)
+  %g = f32[100]{0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  %d = f32[5]{0:S(1)} dot(%v, %v), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %t = (f32[5]{0:S(1)}, f32[25]{0}, f32[100]{0}, f32[100]{0}) tuple(%d, %p, %q, %g)
 }
-%end (p: f32[25]) -> f32[100] {
-  %p = f32[25]{0:S(1)} parameter(0)
-  %g = f32[100]{0:S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
-  ROOT %c = f32[100]{0:S(1)} custom-call(%g), custom_call_target="AsyncCollectiveDone"
+%end (p: f32[25], q: f32[100]) -> f32[100] {
+  %p = f32[25]{0} parameter(0)
+  %q = f32[100]{0} parameter(1)
+  %g = f32[100]{0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %c = f32[100]{0} custom-call(%p, %q, %g), custom_call_target="AsyncCollectiveDone"
 }
 """
+    carry = """
+  %m{n} = (f32[5]{{0:S(1)}}, f32[25]{{0}}, f32[100]{{0}}, f32[100]{{0}}) fusion(%x, %y, %v), kind=kOutput, calls=%carry"""
     body = """\
-  %p = f32[25]{0:S(1)} parameter(0)
-  %v = f32[5,6]{1,0:S(1)} parameter(1)
-  %s = (f32[25]{0:S(1)}, f32[100]{0:S(1)}) fusion(%p), kind=kCustom, calls=%begin
-  %x = f32[25]{0:S(1)} get-tuple-element(%s), index=0
-  %m = f32[5]{0:S(1)} fusion(%x, %v), kind=kOutput, calls=%carry
-  ROOT %e = f32[100]{0:S(1)} fusion(%x), kind=kCustom, calls=%end"""
-    found = walk(program(body, others=others), UNIT)
-    assert found.ici_bytes == 300
-    assert found.compute_s == 60
-    assert found.schedule_s == 300
+  %p = f32[25]{{0}} parameter(0)
+  %v = f32[5,6]{{1,0:S(1)}} parameter(1)
+  %s = (f32[25]{{0}}, f32[100]{{0}}) fusion(%p), kind=kCustom, calls=%begin
+  %x = f32[25]{{0}} get-tuple-element(%s), index=0
+  %y = f32[100]{{0}} get-tuple-element(%s), index=1{carried}
+  ROOT %e = f32[100]{{0}} fusion(%x, %y), kind=kCustom, calls=%end"""
+    for carriers in (0, 1, 3):
+        carried = "".join(carry.format(n=n) for n in range(carriers))
+        found = walk(program(body.format(carried=carried), others=others), UNIT)
+        assert found.ici_bytes == 300
+        assert found.collectives["all-gather"].count == 1
+        assert found.hbm_bytes == 500
+        assert found.compute_s == 60 * carriers
+        assert found.schedule_s == 500
 
 
 LOOP = """\

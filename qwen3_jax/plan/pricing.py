@@ -34,6 +34,11 @@ FREE = frozenset(
 )
 VIEWS = frozenset({"ConcatBitcast", "SliceBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"})
 THROUGH = frozenset(["copy", "transpose", "reshape", "bitcast", "convert"])
+STARTS, WAITS = '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'
+
+
+def _channel(collective: Instruction) -> str:
+    return f"channel {collective.attribute('channel_id')}"
 
 
 class Prices:
@@ -142,8 +147,12 @@ class Prices:
         results = list(leaves(instruction.shape))
         if instruction.opcode.endswith("-start"):
             results = list(leaves(body.root.shape))
+        # What starts an asynchronous collective hands on what it sends, in front of what it fills.
+        handed_on = 0
+        if body.root.attribute("custom_call_target") == STARTS:
+            handed_on = sum(len(inner.operands) for inner in body.instructions.values() if inner.opcode in COLLECTIVES)
         for index, leaf in enumerate(results):
-            if leaf.space == HBM:
+            if leaf.space == HBM and index >= handed_on:
                 op.hbm_bytes += self._written(body, root_leaf(body, index), leaf)
         self._add_inner(op, body)
         return op
@@ -162,14 +171,14 @@ class Prices:
                 # An asynchronous collective is a chain of fusions that all name it: the first starts it, some carry it
                 # along with work of their own, the last waits. It is billed to the first.
                 roles = {i.attribute("custom_call_target") for i in body.instructions.values()}
-                channel = f"channel {inner.attribute('channel_id')}"
-                if '"AsyncCollectiveDone"' in roles:
+                channel = _channel(inner)
+                if WAITS in roles:
                     op.waits_for = channel
                     self._open.discard(channel)
                     continue
                 if channel in self._open:
                     continue
-                if '"AsyncCollectiveStart"' in roles:
+                if STARTS in roles:
                     op.starts_as = channel
                     self._open.add(channel)
                 sent = self._collective(body, inner, kind, False)
@@ -194,6 +203,8 @@ class Prices:
                 total += size_like(source, user.array) if position == 0 else source.bytes
             elif user.opcode in ("dynamic-update-slice", "scatter") and position == 0:
                 pass  # in place: billed where it is written
+            elif (user is body.root and user.opcode == "tuple") or self._carried(user):
+                pass  # handed on as it came
             elif user.opcode in THROUGH:
                 inner = self._read_of(body, user, source)
                 if inner is None:
@@ -212,11 +223,18 @@ class Prices:
 
     def _written(self, body: Computation, value: Instruction, leaf: Shape) -> int:
         """Return how many bytes of a result in HBM a fusion writes."""
+        if value.opcode == "parameter" or self._carried(value):
+            return 0
         update = in_place(self.module, body, value)
         if update is None:
             return leaf.bytes
         kind, shape = update
         return shape.bytes * 2 if kind == "scatter" else size_like(leaf, shape)
+
+    def _carried(self, inner: Instruction) -> bool:
+        """Say whether an instruction in a fusion stands for an asynchronous collective that was billed at its start."""
+        under_way = inner.opcode in COLLECTIVES and _channel(inner) in self._open
+        return under_way or inner.attribute("custom_call_target") == WAITS
 
     # FLOPs
 
