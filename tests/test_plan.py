@@ -166,8 +166,7 @@ def test_asynchronous_collectives_in_fusions_are_billed_once_and_overlap():
   ROOT %c = f32[100]{0} custom-call(%p, %q, %g), custom_call_target="AsyncCollectiveDone"
 }
 """
-    carry = """
-  %m{n} = (f32[5]{{0:S(1)}}, f32[25]{{0}}, f32[100]{{0}}, f32[100]{{0}}) fusion(%x, %y, %v), kind=kOutput, calls=%carry"""
+    shapes = "(f32[5]{0:S(1)}, f32[25]{0}, f32[100]{0}, f32[100]{0})"
     body = """\
   %p = f32[25]{{0}} parameter(0)
   %v = f32[5,6]{{1,0:S(1)}} parameter(1)
@@ -176,7 +175,7 @@ def test_asynchronous_collectives_in_fusions_are_billed_once_and_overlap():
   %y = f32[100]{{0}} get-tuple-element(%s), index=1{carried}
   ROOT %e = f32[100]{{0}} fusion(%x, %y), kind=kCustom, calls=%end"""
     for carriers in (0, 1, 3):
-        carried = "".join(carry.format(n=n) for n in range(carriers))
+        carried = "".join(f"\n  %m{n} = {shapes} fusion(%x, %y, %v), calls=%carry" for n in range(carriers))
         found = walk(program(body.format(carried=carried), others=others), UNIT)
         assert found.ici_bytes == 300
         assert found.collectives["all-gather"].count == 1
