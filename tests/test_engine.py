@@ -55,6 +55,8 @@ class Counted(Observer):
     def corrupted(self):
         self.corruptions += 1
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):

@@ -32,6 +32,8 @@ TEXTS = ["The sky", "Once upon a time there was", "1 + 1 =", "x", "Hello, " * 9,
 OPTIONS = EngineOptions(rows=4, page_tokens=8, chunk_tokens=32, cache_tokens=384, decode_tokens=4)
 EACH = [SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=20, seed=3)] * 3
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -81,7 +83,6 @@ def test_a_prompt_in_chunks_over_a_mesh_has_transformers_hidden_states(mesh, fol
 
 
 @pytest.mark.parametrize("mesh", [None, "data=2,expert=2,model=2"])
-@pytest.mark.usefixtures("quick_compiles")
 def test_programs_are_compiled_for_the_order_in_which_weights_lie(mesh, folder, monkeypatch):
     """As on a TPU, o_proj lies heads first: neither generator nor engine sees a difference, also after a swap."""
     texts, greedy = TEXTS[:2], SamplingParams(temperature=0.0, max_tokens=6)

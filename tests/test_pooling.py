@@ -56,6 +56,8 @@ def saved(folder: Path, *, moe: bool, ends: bool):
     companions(folder, ends=ends)
     return load_model(folder, cache="off"), model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[LoadedModel, torch.nn.Module]:
