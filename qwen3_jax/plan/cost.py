@@ -5,7 +5,8 @@ and two times: each pipe alone, and an in-order schedule in which they overlap a
 
 The rules, each with a test:
     HBM        operands and results in memory space 0 only (VMEM is free), sizes padded to whole tiles. A slice, a
-               gather and an update in place cost the slice, inside fusions too. An asynchronous copy costs once.
+               gather and an update in place cost the slice, inside fusions too. An asynchronous copy costs once,
+               and so does what a collective sends and fills, whichever fusions hand it on meanwhile.
     MXU        matrix products and convolutions, 2 FLOPs per multiply-add, counting valid window positions only.
                Elementwise work is free.
     ICI        a ring per group of n chips with both directions in use (two links): all-reduce 2(n-1)/n of the array,
