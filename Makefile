@@ -23,8 +23,9 @@ pods-check: $(VENV)/.test  ## compile serving's steps for TPU slices that need n
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'
 	$(BIN)/python -m pytest -m tpu tests/test_plan_tpu.py -q
 
-pods-gpu: $(VENV)/.test  ## plans for eight H100; installs several GB of wheels
+pods-gpu: $(VENV)/.test  ## kernels and plans for H100s; installs several GB of wheels
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cuda]'
+	$(BIN)/python -m pytest tests/test_ops_moe.py tests/test_ops_paged.py -k h100 -q
 	$(BIN)/python scripts/pods.py --only H100
 
 pods: pods-check  ## compile for TPU slices that need not exist: the checks, then the tables
