@@ -55,6 +55,7 @@ class Counted(Observer):
     def corrupted(self):
         self.corruptions += 1
 
+
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 

@@ -56,6 +56,7 @@ def saved(folder: Path, *, moe: bool, ends: bool):
     companions(folder, ends=ends)
     return load_model(folder, cache="off"), model
 
+
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
