@@ -16,8 +16,8 @@ demo: $(VENV)/.core  ## a Qwen3 thinks and answers, from the checkpoint in the p
 test: $(VENV)/.test  ## the default test suite, against live PyTorch
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
-test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes
-	$(BIN)/python -m pytest -m slow -q
+test-slow: $(VENV)/.test  ## the tests that take minutes or gigabytes, every program compiled as for users
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m 'slow or users_programs' -q
 
 pods-check: $(VENV)/.test  ## compile serving's steps for TPU slices that need not exist, and look at the programs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu]'

@@ -21,7 +21,6 @@ from tests.cluster_job import STEPS, sampled
 from tests.ports import free_port
 from tests.run import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 CASES = [("dense", "data=2,model=4"), ("moe", "expert=4,model=2"), ("orbax", "data=2,model=4")]
 
 
@@ -29,7 +28,6 @@ def launch(command: list[str], processes: int, *, devices: int) -> list[subproce
     """Start the processes of one program on this machine."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in this process
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "QWEN3_COORDINATOR": f"127.0.0.1:{free_port()}",
         "QWEN3_NUM_PROCESSES": str(processes),

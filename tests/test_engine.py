@@ -56,9 +56,6 @@ class Counted(Observer):
         self.corruptions += 1
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")

@@ -32,8 +32,6 @@ TEXTS = ["The sky", "Once upon a time there was", "1 + 1 =", "x", "Hello, " * 9,
 OPTIONS = EngineOptions(rows=4, page_tokens=8, chunk_tokens=32, cache_tokens=384, decode_tokens=4)
 EACH = [SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=20, seed=3)] * 3
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -114,7 +112,7 @@ def test_programs_are_compiled_for_the_order_in_which_weights_lie(mesh, folder, 
 
 def pair(folder, cache, *more: str) -> list[Any]:
     common = os.environ | {"QWEN3_COORDINATOR": f"127.0.0.1:{free_port()}", "QWEN3_NUM_PROCESSES": "2"}
-    common |= {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    common |= {"XLA_FLAGS": ""}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.engine_job", str(folder), str(cache), *more],

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from qwen3_jax.config import Qwen3Config
 from tests.run import Network
 
+pytestmark = pytest.mark.users_programs
 TOKENS = np.array([[1, 5, 9, 2, 7, 3, 11, 0]], np.int32)
 BASE = {
     "model_type": "qwen3",

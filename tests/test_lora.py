@@ -23,7 +23,6 @@ from qwen3_jax.train import loop, lora, lora_peft, stacked
 from qwen3_jax.train.lora import TARGETS, Lora, LoraConfig, LoraError
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 TOKENS = np.random.default_rng(0).integers(0, 90, (2, 9)).astype(np.int32)
 
 

@@ -16,7 +16,6 @@ from qwen3_jax.ops.plain import ORACLE
 from tests import tiny
 from tests.run import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 ATOL = 2e-5  # float32, tiny models: what separates two summation orders
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 YARN_FULL = YARN | {"attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}

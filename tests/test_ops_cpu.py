@@ -16,7 +16,6 @@ from qwen3_jax.ops import cpu, plain
 from qwen3_jax.ops.mesh import on_mesh
 from qwen3_jax.sharding import RULES, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 DTYPES = [jnp.float32, jnp.bfloat16]
 # Of the largest value: float32 sums in another order; bfloat16 rounds at every step that the model rounds at.
 BOUND = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}

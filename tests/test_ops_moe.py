@@ -25,7 +25,6 @@ from qwen3_jax.plan.compile import devices_of
 from qwen3_jax.plan.gpu import TARGETS
 from qwen3_jax.sharding import RULES, make_mesh
 
-quick = pytest.mark.usefixtures("quick_compiles")
 E, C, D, F = 16, 3, 8, 12
 
 
@@ -105,7 +104,6 @@ def assert_equals_oracle(function, R: int, names=ROUTINGS) -> None:
             assert error <= 1e-5, f"{name}: {part} differs by {error:.1e} of its largest value"
 
 
-@quick
 def test_oracle_equals_transformers():
     """`Qwen3MoeExperts` in float32, values and torch's gradients."""
     R = 11
@@ -148,12 +146,10 @@ def test_oracle_equals_transformers():
         pytest.param(functools.partial(moe.grouped, expected=4, align=4), id="grouped, aligned, many rounds"),
     ],
 )
-@quick
 def test_one_device(function):
     assert_equals_oracle(function, 13)
 
 
-@quick
 def test_one_row():
     assert_equals_oracle(functools.partial(moe.grouped, align=4), 1)
     kernel = functools.partial(moe_tpu.swiglu, 8, (1, 1), True, None)
@@ -312,7 +308,6 @@ def emulated_ragged_all_to_all(operand, output, input_offsets, send_sizes, outpu
 
 
 @pytest.mark.parametrize(("sizes", "algorithm"), ON_MESHES)
-@quick
 def test_mesh(sizes, algorithm, monkeypatch):
     monkeypatch.setattr(lax, "ragged_all_to_all", emulated_ragged_all_to_all)
     mesh = make_mesh(**dict(zip(("data", "fsdp", "expert", "model"), sizes, strict=True)))
@@ -321,14 +316,12 @@ def test_mesh(sizes, algorithm, monkeypatch):
 
 
 @pytest.mark.parametrize("algorithm", moe_parallel.ALGORITHMS[:3])
-@quick
 def test_mesh_with_one_row(algorithm):
     """Fewer rows than devices: the padding must choose no expert."""
     ops = ops_mesh.on_mesh(XLA, make_mesh(expert=4, model=2), RULES["serve"], experts=algorithm)
     assert_equals_oracle(ops.moe, 1, ("random", "all none"))
 
 
-@quick
 def test_mesh_splits_the_rows_by_all_axes(monkeypatch):
     """One long prompt: every axis splits the rows, and an exchange may collect one of them first."""
     rows = ("data", "fsdp", "expert", "model")
@@ -360,7 +353,6 @@ def test_mesh_splits_the_rows_by_all_axes(monkeypatch):
         pytest.param(2, 2, 2, "expert", 112, marks=pytest.mark.slow),  # a square whose rows do not split evenly
     ],
 )
-@quick
 def test_ring(data, expert, model, over, R, monkeypatch):
     """The same in two halves, the second under way beside the first one's kernels: results, and gradients."""
     monkeypatch.setattr(moe_parallel, "exchange_axes", lambda *_: (over,))
@@ -377,7 +369,6 @@ def test_ring(data, expert, model, over, R, monkeypatch):
     assert_equals_oracle(island, R)
 
 
-@quick
 def test_ring_between_slices_of_experts(monkeypatch):
     """Every expert's width is split over `fsdp`, whose rows are collected before the ring and summed behind it."""
     monkeypatch.setattr(moe_parallel, "exchange_axes", lambda *_: ("expert",))

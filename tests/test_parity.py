@@ -30,7 +30,6 @@ from qwen3_jax.parity.reference import Reference
 from qwen3_jax.parity.report import difference
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 DEMO = Path(parity.__file__).parents[1] / "demo"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 

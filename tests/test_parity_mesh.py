@@ -15,8 +15,6 @@ from qwen3_jax.ops.plain import XLA
 from qwen3_jax.sharding import ShardingError
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:

@@ -57,9 +57,6 @@ def saved(folder: Path, *, moe: bool, ends: bool):
     return load_model(folder, cache="off"), model
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[LoadedModel, torch.nn.Module]:
     return saved(tmp_path_factory.mktemp("model"), moe=False, ends=True)

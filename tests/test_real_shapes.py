@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 from qwen3_jax import model, ops
 from qwen3_jax.config import Qwen3Config
 
+pytestmark = pytest.mark.users_programs
 T = 6
 SIZES = ["Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B"]
 EXPERT_SIZES = ["Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder-480B-A35B-Instruct"]

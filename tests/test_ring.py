@@ -17,7 +17,6 @@ from qwen3_jax.ops.mesh import on_mesh
 from tests import tiny
 from tests.run import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 KINDS: dict[str, dict[str, Any]] = {"dense": {"num_hidden_layers": 2}, "moe": {"moe": True, "num_hidden_layers": 1}}
 
 

@@ -25,8 +25,6 @@ STOP_TEXT = (60, 61, THINK_END, 62)
 GREEDY = SamplingParams(temperature=0.0)
 RAGGED = (5, 17, 3)
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(autouse=True)
 def one_layer_at_a_time(monkeypatch):

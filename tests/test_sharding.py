@@ -14,7 +14,6 @@ from qwen3_jax.sharding import AXES, RULES, ShardingError
 from tests import tiny
 from tests.run import Network
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 SETTINGS = {"num_attention_heads": 8, "num_key_value_heads": 2}  # model 4 and 8 exceed the kv heads
 KINDS: dict[str, dict[str, Any]] = {"dense": {"num_hidden_layers": 2}, "moe": {"moe": True, "num_hidden_layers": 1}}
 MESHES = [

@@ -18,6 +18,8 @@ from qwen3_jax.evaluate.tasks import TASKS
 from qwen3_jax.generate import Generator
 from tests.text_folders import DEMO, RELEASED, REPO, ours, released, template, theirs
 
+pytestmark = pytest.mark.users_programs
+
 
 @cache
 def generator() -> Generator:

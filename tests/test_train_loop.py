@@ -25,7 +25,6 @@ from qwen3_jax.train.goodput import summary
 from tests import tiny
 from tests import train_reference as reference
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 RUN = """
 [model]
 weights = "{model}"

@@ -16,7 +16,6 @@ from qwen3_jax.train import stacked
 from tests import train_reference as reference
 from tests.tiny import MOE
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 FLOAT = jnp.dtype("float32")
 OPS = for_platform("cpu")
 

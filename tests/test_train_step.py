@@ -18,7 +18,6 @@ from qwen3_jax.train.step import ACCEPTED, NOT_FINITE, SPIKE, RefusalConfig
 from tests import tiny
 from tests import train_reference as reference
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 SIGMA = 3.0
 AUXILIARY = {"z": 1e-3, "balance": 0.02, "router_z": 3e-3}
 
