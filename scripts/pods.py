@@ -108,6 +108,8 @@ def compiled(w: Workload, hlo: Path | None, kept: Path | None) -> str:
     except PlanError as error:
         head, rule = table([]).splitlines()
         return f"{head}\n{rule}\n| {w.model} | {w.topology} | | {error} |" + " |" * (head.count("|") - 5)
+    for note in show.notes(found):
+        _say(note)
     text = table([found])
     if kept is not None:
         kept.write_text(text + "\n")
